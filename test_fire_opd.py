@@ -1,0 +1,1057 @@
+"""The tests, in the order of the file: read them as a second tutorial. All of them run offline on a CPU."""
+
+import contextlib, copy, io, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+import fire_opd as f
+
+torch.set_num_threads(1)
+HERE = os.path.dirname(os.path.abspath(f.__file__))
+FILE = os.path.join(HERE, "fire_opd.py")
+
+
+def random_case(seed, B=5, T=9, dtype=torch.float64):
+    """Random entropies, log-probs and left-aligned masks; row 0 is empty, row 1 has a single token."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B,), generator=g)
+    lengths[0], lengths[1] = 0, 1
+    mask = torch.arange(T) < lengths[:, None]
+    rand = lambda: torch.rand(B, T, generator=g, dtype=torch.float64).to(dtype)
+    return mask, rand(), rand(), -3 * rand(), -3 * rand()
+
+
+# --- Filter ---------------------------------------------------------------------------------------------------
+
+def test_a_trajectory_scores_the_mean_teacher_log_prob_of_its_response():
+    log_probs = torch.tensor([[-1.0, -3.0, -99.0], [-2.0, math.nan, math.nan], [5.0, 5.0, 5.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
+    assert f.trajectory_scores(log_probs, mask).tolist() == [-2.0, -2.0, -math.inf]
+    assert f.trajectory_scores(log_probs, torch.ones(3, 3))[1].isnan()
+    assert f.trajectory_scores(log_probs.double(), mask).dtype == torch.float64
+    assert f.trajectory_scores(log_probs.bfloat16(), mask).dtype == torch.float32
+
+
+def test_the_lowest_fifth_of_ten_scores_is_dropped():
+    scores = torch.arange(10.0)  # the 20 % quantile, interpolated, is 1.8
+    assert f.filter_trajectories(scores, 20).tolist() == [False] * 2 + [True] * 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_filter_agrees_with_numpys_quantile(seed):
+    rng = np.random.default_rng(seed)
+    scores, percentile = rng.normal(size=rng.integers(1, 40)), float(rng.uniform(0, 100))
+    scores[rng.random(len(scores)) < 0.2] = rng.choice([np.nan, -np.inf])
+    finite = np.isfinite(scores)
+    expected = finite & (scores >= np.quantile(scores[finite], percentile / 100)) if finite.any() else finite
+    assert f.filter_trajectories(torch.tensor(scores), percentile).tolist() == expected.tolist()
+
+
+def test_the_filter_at_its_edges():
+    keep = lambda scores, p: f.filter_trajectories(torch.tensor(scores), p).tolist()
+    assert keep([1.0, 1.0, 1.0, 2.0], 50) == [True] * 4  # ties with the threshold stay
+    assert keep([-7.0], 20) == keep([-7.0], 100) == [True]  # a quantile of one number is that number
+    assert keep([3.0, -math.inf, math.nan, 1.0], 0) == [True, False, False, True]
+    assert keep([3.0, 2.0, 3.0], 100) == [True, False, True]
+    assert keep([math.nan, -math.inf], 20) == [False, False] and keep([], 20) == []
+    for n, p in itertools.product(range(2, 60), (5, 7, 20, 35, 70)):  # a score that is the quantile is kept
+        scores, rank = torch.arange(n, dtype=torch.float64).sin().sort().values, p * (n - 1) / 100
+        if rank == int(rank):
+            assert f.filter_trajectories(scores, p).sum() == n - int(rank)
+    for bad in (-1, 100.1, math.nan):
+        with pytest.raises(ValueError, match="percentile"):
+            f.filter_trajectories(torch.zeros(3), bad)
+
+
+# --- Reweight -------------------------------------------------------------------------------------------------
+
+def naive_weights(teacher_entropy, student_entropy, mask, alpha, beta):
+    """The formula, token by token, in Python floats."""
+    weights = torch.zeros(mask.shape, dtype=torch.float64)
+    for b in range(len(mask)):
+        tokens = [t for t in range(mask.shape[1]) if mask[b, t]]
+        if tokens:
+            top_t = max(teacher_entropy[b, t].item() for t in tokens) or 1
+            top_s = max(student_entropy[b, t].item() for t in tokens) or 1
+            w = [(1 + alpha * (1 - teacher_entropy[b, t].item() / top_t))
+                 * (1 + beta * student_entropy[b, t].item() / top_s) for t in tokens]
+            for t, value in zip(tokens, w):
+                weights[b, t] = value * len(w) / sum(w)
+    return weights
+
+
+def test_weights_of_a_worked_example():
+    """H_T = 0, 1, 2 gives c = 1, 1/2, 0; H_S = 2, 1, 0 gives u = 1, 1/2, 0; (1+c)(1+u) = 4, 9/4, 1; mean 29/12."""
+    weights = f.token_weights(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]]), torch.ones(1, 3))
+    torch.testing.assert_close(weights, torch.tensor([[48.0, 27.0, 12.0]]) / 29)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_weights_agree_with_the_formula_and_average_to_one_in_each_trajectory(seed):
+    mask, teacher, student, *_ = random_case(seed)
+    alpha, beta = (float(x) for x in np.random.default_rng(seed).uniform(0, 3, 2))
+    student.requires_grad_(True)
+    weights = f.token_weights(teacher, student, mask, alpha, beta)
+    torch.testing.assert_close(weights, naive_weights(teacher, student, mask, alpha, beta))
+    torch.testing.assert_close(weights.sum(1), mask.sum(1).double())
+    assert not weights.requires_grad and (weights[~mask] == 0).all()
+    single = f.token_weights(teacher.float(), student.float(), mask, alpha, beta)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), weights, rtol=1e-5, atol=1e-6)
+    order = torch.randperm(mask.shape[1], generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(f.token_weights(teacher[:, order], student[:, order], mask[:, order], alpha, beta),
+                               weights[:, order])
+    # batch scope: one row made of all valid tokens
+    pooled = f.token_weights(teacher[mask][None], student[mask][None], torch.ones(1, int(mask.sum())), alpha, beta)
+    torch.testing.assert_close(f.token_weights(teacher, student, mask, alpha, beta, scope="batch")[mask], pooled[0])
+
+
+def test_weights_rise_with_teacher_confidence_and_student_confusion():
+    entropy, flat, mask = torch.linspace(0, 2, 7)[None], torch.ones(1, 7), torch.ones(1, 7)
+    assert (f.token_weights(entropy, flat, mask).diff() < 0).all()
+    assert (f.token_weights(flat, entropy, mask).diff() > 0).all()
+    assert (f.token_weights(entropy, entropy, mask, 0.0, 0.0) == 1).all()
+
+
+def test_weights_survive_what_lies_off_the_mask_and_entropies_of_zero():
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    junk = torch.tensor([[0.0, 0.0, math.nan], [math.nan, math.inf, 1.0]])
+    assert f.token_weights(junk, junk, mask).tolist() == [[1, 1, 0], [0, 0, 0]]
+    with pytest.raises(ValueError, match="scope"):
+        f.token_weights(junk, junk, mask, scope="token")
+
+
+# --- Loss -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_loss_agrees_with_the_clipped_objective_token_by_token(seed):
+    mask, weights, noise, old, teacher = random_case(seed)
+    new = (old + 0.6 * (noise - 0.5)).requires_grad_(True)
+    loss, expected = f.policy_loss(new, old, teacher, weights, mask, 17, clip_ratio=0.2), 0.0
+    for b, t in mask.nonzero().tolist():
+        ratio, weighted = math.exp(new[b, t].item() - old[b, t]), weights[b, t] * (teacher[b, t] - old[b, t])
+        expected -= min(ratio * weighted, min(max(ratio, 0.8), 1.2) * weighted) / 17
+    assert loss.item() == pytest.approx(float(expected), rel=1e-12)
+    loss.backward()
+    for b, t in mask.nonzero().tolist()[:5]:  # finite differences
+        step = torch.zeros_like(old)
+        step[b, t] = 1e-6
+        at = lambda x: f.policy_loss(x, old, teacher, weights, mask, 17).item()
+        slope = (at(new.detach() + step) - at(new.detach() - step)) / 2e-6
+        assert new.grad[b, t].item() == pytest.approx(slope, abs=1e-7)
+    assert (new.grad[~mask] == 0).all()
+
+
+def test_infinities_off_the_mask_leave_loss_and_gradient_finite():
+    new = torch.tensor([[-1.0, math.inf, math.nan]], requires_grad=True)
+    loss = f.policy_loss(new, torch.tensor([[-1.0, -math.inf, 0]]), torch.tensor([[-2.0, math.nan, math.inf]]),
+                         torch.tensor([[1.0, math.inf, math.nan]]), torch.tensor([[1, 0, 0]]), 1)
+    loss.backward()
+    assert loss.item() == 1 and new.grad.tolist() == [[1, 0, 0]]
+
+
+def test_the_expected_gradient_is_that_of_the_reverse_kl():
+    """All responses of two tokens from a vocabulary of four, each weighed by its probability."""
+    torch.manual_seed(0)
+    V = 4
+    student, teacher = torch.randn(1 + V, V, dtype=torch.float64), torch.randn(1 + V, V, dtype=torch.float64)
+    student.requires_grad_(True)  # row 0: first token; row 1 + y_1: second token
+    log_s, log_t = student.log_softmax(1), teacher.log_softmax(1)
+    estimate = 0
+    for y1, y2 in itertools.product(range(V), repeat=2):
+        s, t = (torch.stack([table[0, y1], table[1 + y1, y2]])[None] for table in (log_s, log_t))
+        probability = s.sum().exp().detach()
+        estimate = estimate + probability * f.policy_loss(s, s.detach(), t, torch.ones(1, 2), torch.ones(1, 2), 1)
+    kl = (log_s.exp() * (log_s - log_t)).sum(1)  # of each context; the contexts' own probabilities are held fixed
+    exact = kl[0] + (log_s[0].exp().detach() * kl[1:]).sum()
+    (got,), (wanted,) = torch.autograd.grad(estimate, student, retain_graph=True), torch.autograd.grad(exact, student)
+    torch.testing.assert_close(got, wanted)
+    assert estimate.item() == pytest.approx(exact.item())  # and the loss is the estimate of the divergence itself
+
+
+def test_losses_of_micro_batches_add_up_to_that_of_the_step():
+    mask, weights, _, old, teacher = random_case(3)
+    whole = f.policy_loss(old, old, teacher, weights, mask, mask.sum())
+    parts = sum(f.policy_loss(old[r], old[r], teacher[r], weights[r], mask[r], mask.sum()) for r in ([0, 1, 2], [3], [4]))
+    torch.testing.assert_close(whole, parts)
+
+
+# --- Log-probs and entropy in chunks --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("chunk,temperature", [(1, 1.0), (3, 0.7), (128, 1.9)])
+def test_chunked_log_probs_and_entropy_agree_with_whole_float64_logits(chunk, temperature):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    targets, upstream = torch.randint(0, 11, (7,)), torch.randn(7, dtype=torch.float64)
+    hidden.requires_grad_(True), weight.requires_grad_(True)
+    log_probs, entropy = f.token_log_probs_and_entropy(hidden, weight, targets, temperature, chunk)
+    table = (hidden @ weight.T / temperature).log_softmax(1)
+    expected = table.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(log_probs, expected)
+    torch.testing.assert_close(entropy, -(table.exp() * table).sum(1))
+    assert not entropy.requires_grad and log_probs.dtype == torch.float64
+    got = torch.autograd.grad(log_probs @ upstream, (hidden, weight))
+    torch.testing.assert_close(got, torch.autograd.grad(expected @ upstream, (hidden, weight)))
+    assert torch.autograd.gradcheck(lambda h, w: f.token_log_probs_and_entropy(h, w, targets, temperature, chunk)[0],
+                                    (hidden, weight))
+    single, _ = f.token_log_probs_and_entropy(hidden.float(), weight.float(), targets, temperature, chunk)
+    torch.testing.assert_close(single.double(), log_probs, rtol=1e-5, atol=1e-5)
+    half, _ = f.token_log_probs_and_entropy(hidden.bfloat16(), weight.bfloat16(), targets, temperature, chunk)
+    assert half.dtype == torch.float32
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the number of elements of the largest tensor that any operation returns."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_whole():
+    N, V, D, chunk = 64, 1000, 8, 4
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with LargestTensor() as largest:
+        log_probs, _ = f.token_log_probs_and_entropy(hidden, weight, torch.zeros(N, dtype=torch.long), 1.0, chunk)
+        log_probs.sum().backward()
+    assert largest.elements <= max(chunk * V, V * D) < N * V
+
+
+# --- Sampling and the response mask ---------------------------------------------------------------------------
+
+def test_sampling_follows_the_softmax():
+    torch.manual_seed(0)
+    logits, n = torch.randn(1, 12) * 2, 20000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(n))
+    tokens, log_probs = f.sample_tokens(logits.expand(n, -1), uniforms, temperature=0.8)
+    p = (logits[0] / 0.8).softmax(0)
+    torch.testing.assert_close(log_probs, p[tokens].log())
+    counts = torch.bincount(tokens, minlength=12)
+    assert ((counts - n * p) ** 2 / (n * p)).sum() < 31.3  # chi-squared, 11 degrees of freedom, 99.9 %
+
+
+def test_sampling_at_the_ends_of_the_unit_interval_yields_tokens_of_positive_probability():
+    logits = torch.full((3, 151936), -20.0)
+    logits[:, 0] = logits[:, -1] = -math.inf
+    uniforms = torch.tensor([0.0, 1 - 2 ** -53, 0.5], dtype=torch.float64)
+    tokens, log_probs = f.sample_tokens(logits, uniforms)
+    assert tokens[0] == 1 and tokens[1] == 151934 and log_probs.isfinite().all()
+    assert f.sample_tokens(torch.tensor([[0.0, 50.0, -math.inf]]), uniforms[1:2])[0].item() == 1
+
+
+def test_the_response_mask_ends_with_the_first_eos_whatever_the_padding():
+    eos, pad, other = 2, 2, 3  # pad == eos, and a second EOS id
+    tokens = torch.tensor([[5, 5, eos, pad, pad], [5, other, 5, eos, pad], [5, 5, 5, 5, 5], [eos, eos, 5, 5, 5]])
+    assert f.response_mask(tokens, {eos, other}).sum(1).tolist() == [3, 2, 5, 1]
+    assert f.response_mask(tokens, set()).all()
+
+
+# --- A random pair as checkpoint folders ----------------------------------------------------------------------
+
+def save_model(folder, seed, hidden=32, **config):
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=20, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, initializer_range=0.3, eos_token_id=14, pad_token_id=13,
+        **({"tie_word_embeddings": True} | config)))
+    model.save_pretrained(folder)
+    f.tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A random student, two random teachers and prompts: 20 embedding rows for 16 tokens, as real ones are padded."""
+    root = tmp_path_factory.mktemp("pair")
+    for seed, name in enumerate(("student", "teacher", "other")):
+        save_model(root / name, seed)
+    rng = np.random.default_rng(0)
+    rows = [dict(prompt="".join(map(str, rng.integers(0, 10, rng.integers(3, 9)))) + "+=", answer="12",
+                 group="ab"[i % 2]) for i in range(40)]
+    write_rows(root / "prompts.jsonl", rows)
+    write_rows(root / "routed.jsonl", [row | {"teacher": ("one", "two")[i % 2]} for i, row in enumerate(rows)])
+    return root
+
+
+def flags(pair, out, **settings):
+    defaults = dict(teacher=pair / "teacher", student=pair / "student", prompts=pair / "prompts.jsonl", output_dir=out,
+                    steps=3, batch_size=6, max_new_tokens=10, lr=1e-2, show=0, device="cpu")
+    argv = []
+    for name, value in (defaults | settings).items():
+        name = "--" + name.replace("_", "-")
+        argv += [name] if value is True else [x for v in value for x in (name, v)] if isinstance(value, list) else [name, value]
+    return [str(x) for x in argv]
+
+
+def loaded(pair, out, **settings):
+    """A Run ready to step, in this process."""
+    config = f.parse_config(flags(pair, out, **settings))
+    f.start(config)
+    return f.load(config)
+
+
+def log_of(folder):
+    return [json.loads(line) for line in open(os.path.join(folder, "metrics.jsonl"))]
+
+
+def same_metrics(a, b, **tolerance):
+    """Whether two logs agree in everything but times and memory."""
+    assert len(a) == len(b)
+    for left, right in zip(a, b):
+        assert left.keys() == right.keys()
+        for name in left:
+            if not re.match("seconds|tokens_per|mfu|peak", name):
+                assert left[name] == right[name] or left[name] == pytest.approx(right[name], **tolerance), (left["step"], name)
+
+
+def weights_of(folder):
+    return load_file(os.path.join(f.checkpoints(folder)[-1], "model.safetensors"))
+
+
+def scored_step(run):
+    rollouts = f.rollout(run, f.step_prompts(run), f.SAMPLE, run.step)
+    assert f.score(run, rollouts)
+    rollouts.keep = f.choose_trajectories(run.config, rollouts, run.step)
+    return rollouts
+
+
+def gradient(run, rollouts):
+    """The gradient of a step before clipping: the optimizer is told to do nothing."""
+    grads = {}
+    run.optimizer.step = lambda: grads.update({n: p.grad.clone() for n, p in run.student.named_parameters()})
+    metrics = f.update(run, rollouts)
+    return grads, metrics
+
+
+# --- Rollout and score ----------------------------------------------------------------------------------------
+
+def test_a_hostile_generation_config_does_not_change_what_is_sampled(pair, tmp_path):
+    shutil.copytree(pair / "student", tmp_path / "hostile")
+    GenerationConfig(do_sample=True, top_k=2, top_p=0.3, temperature=0.2, repetition_penalty=3.0, eos_token_id=14,
+                     no_repeat_ngram_size=1, suppress_tokens=[1, 2]).save_pretrained(tmp_path / "hostile")
+    run = loaded(pair, tmp_path / "out", student=tmp_path / "hostile", temperature=1.3, max_new_tokens=1)
+    ids, n = run.prompts[0].ids, 8000
+    uniforms = torch.from_numpy(np.random.default_rng(1).random((n, 1)))
+    tokens, log_probs = run.student.sample([ids] * n, uniforms, run.eos_ids, run.pad_id)
+    p = (run.student.model(torch.tensor([ids])).logits[0, -1, :16].double() / 1.3).softmax(0).detach()
+    counts = torch.bincount(tokens[:, 0], minlength=16)
+    assert ((counts - n * p) ** 2 / (n * p)).sum() < 37.7  # chi-squared, 15 degrees of freedom, 99.9 %
+    assert len(counts) == 16  # the four padded rows are never sampled
+    torch.testing.assert_close(log_probs[:, 0].double(), p[tokens[:, 0]].log(), rtol=1e-4, atol=1e-5)
+    f.save_checkpoint(run)
+    assert GenerationConfig.from_pretrained(f.checkpoints(tmp_path / "out")[0]).top_k == 2  # it is saved as it was
+
+
+def test_rollouts_depend_neither_on_segments_nor_on_batches_nor_on_padding(pair, tmp_path, monkeypatch):
+    run = loaded(pair, tmp_path / "out", batch_size=12, max_new_tokens=20)
+    whole = f.rollout(run, run.prompts[:12], f.SAMPLE, 0)
+    assert len(set(whole.mask.sum(1).tolist())) > 4  # long-tailed
+    run.config.rollout_batch_size = 5
+    monkeypatch.setattr(f.Policy, "SEGMENT", 3)
+    parts = f.rollout(run, run.prompts[:12], f.SAMPLE, 0)
+    assert torch.equal(whole.mask, parts.mask) and torch.equal(whole.tokens[whole.mask], parts.tokens[parts.mask])
+    torch.testing.assert_close(whole.log_probs, parts.log_probs, rtol=1e-4, atol=1e-5)
+    other = f.rollout(run, run.prompts[:12], f.SAMPLE, 1)
+    assert other.tokens.shape != whole.tokens.shape or not torch.equal(other.tokens, whole.tokens)
+
+
+def test_finished_rows_leave_the_batch(pair, tmp_path, monkeypatch):
+    run, rows = loaded(pair, tmp_path / "out", batch_size=12, max_new_tokens=20), []
+    monkeypatch.setattr(f.Policy, "SEGMENT", 2)
+    forward = run.student.model.forward
+    monkeypatch.setattr(run.student.model, "forward", lambda *a, **k: rows.append(len(k["input_ids"])) or forward(*a, **k))
+    lengths = f.rollout(run, run.prompts[:12], f.SAMPLE, 0).mask.sum(1)
+    assert sum(rows) <= int((lengths + 1).sum()) < 12 * int(lengths.max())
+
+
+def test_the_end_of_turn_of_the_chat_template_ends_a_response(pair):
+    run_model, tokenizer = Qwen3ForCausalLM.from_pretrained(pair / "student"), f.tiny_tokenizer()
+    config = f.Config()
+    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    assert f.end_ids(run_model, tokenizer, config, 16) == {13, 14}
+    config.chat_template = "none"
+    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
+
+
+def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl",
+                 teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
+    rollouts = scored_step(run)
+    assert {p.teacher for p in rollouts.prompts} == {"one", "two"}
+    for i, prompt in enumerate(rollouts.prompts):
+        model = Qwen3ForCausalLM.from_pretrained(pair / {"one": "teacher", "two": "other"}[prompt.teacher]).double()
+        response = rollouts.tokens[i][rollouts.mask[i]]
+        ids = torch.cat([torch.tensor(prompt.ids), response])
+        table = model(ids[None]).logits[0, len(prompt.ids) - 1:-1, :16].log_softmax(1)
+        expected = table.gather(1, response[:, None])[:, 0].float()
+        torch.testing.assert_close(rollouts.teacher_log_probs[i][rollouts.mask[i]], expected, rtol=1e-4, atol=1e-4)
+
+
+# --- One step -------------------------------------------------------------------------------------------------
+
+def naive_step(run, rollouts, alpha=1.0, beta=1.0, percentile=20.0, seq_mean=False):
+    """A whole step from the token ids in float64: full logits, loops, autograd; nothing of the file is used."""
+    student = Qwen3ForCausalLM(run.student.model.config).double()
+    student.load_state_dict({k: v.double() for k, v in run.student.model.state_dict().items()})
+    teacher = copy.deepcopy(run.teachers["teacher"].model).double()
+    T, rows = run.config.temperature, []
+    for prompt, tokens, mask in zip(rollouts.prompts, rollouts.tokens, rollouts.mask):
+        response, start = tokens[mask], len(prompt.ids) - 1
+        ids = torch.cat([torch.tensor(prompt.ids), response])[None]
+        s, t = ((model(ids).logits[0, start:-1, :16] / T).log_softmax(1) for model in (student, teacher))
+        rows.append([x.gather(1, response[:, None])[:, 0] for x in (s, t)] + [-(x.exp() * x).sum(1) for x in (s, t)])
+    scores = np.array([t.mean().item() for _, t, _, _ in rows])
+    kept = [row for row, score in zip(rows, scores) if score >= np.quantile(scores, percentile / 100)]
+    losses = []
+    for s, t, h_s, h_t in kept:
+        w = (1 + alpha * (1 - h_t / h_t.max())) * (1 + beta * h_s / h_s.max())
+        w = (w / w.mean()).detach()
+        losses.append(-(w * (t - s).detach() * s))  # d/d theta of r A at r = 1 is A d log pi
+    loss = torch.stack([x.mean() for x in losses]).mean() if seq_mean else torch.cat(losses).mean()
+    loss.backward()
+    return {n: p.grad for n, p in student.named_parameters()}, len(kept)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=0.6, alpha=2.0, beta=0.3, filter_percentile=50.0),
+                                      dict(loss_agg="seq-mean", filter_percentile=0.0)])
+def test_one_whole_step_agrees_with_a_naive_float64_reference(pair, tmp_path, settings):
+    run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9, **settings)
+    rollouts = scored_step(run)
+    grads, metrics = gradient(run, rollouts)
+    expected, kept = naive_step(run, rollouts, *(settings.get(k, d) for k, d in (
+        ("alpha", 1.0), ("beta", 1.0), ("filter_percentile", 20.0))), settings.get("loss_agg") == "seq-mean")
+    assert int(rollouts.keep.sum()) == kept
+    for name, grad in expected.items():
+        torch.testing.assert_close(grads["model." + name].double(), grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_gradient_does_not_depend_on_the_micro_batches(pair, tmp_path, updates):
+    run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9, updates_per_rollout=updates)
+    rollouts, seen, cuts = scored_step(run), [], []
+    for budget in (10 ** 6, 60, 30, 1):
+        run.config.micro_batch_tokens = budget
+        seen.append(gradient(run, rollouts))
+        cuts.append(len(f.micro_batches(rollouts.keep.nonzero()[:, 0].tolist(), rollouts.lengths(), budget)))
+    assert cuts[0] == 1 and cuts[-1] == int(rollouts.keep.sum()) and len(set(cuts)) == 4
+    for grads, metrics in seen[1:]:
+        assert metrics["loss"] == pytest.approx(seen[0][1]["loss"], rel=1e-5)
+        for name in grads:
+            torch.testing.assert_close(grads[name], seen[0][0][name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_filter_and_weights_it_is_plain_distillation_to_the_bit(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12, filter_percentile=0, alpha=0, beta=0, max_grad_norm=1e9)
+    rollouts = scored_step(run)
+    grads, _ = gradient(run, rollouts)
+    assert rollouts.keep.all() and torch.equal(rollouts.weights, rollouts.mask.float())
+    run.student.zero_grad()
+    rows = f.micro_batches(list(range(12)), rollouts.lengths(), 8192)[0]
+    log_probs, _ = run.student(*f.pack(rollouts, rows, "cpu"))
+    mask = rollouts.mask[rows]
+    log_probs = f.unpack(log_probs, mask)
+    advantages = torch.where(mask, rollouts.teacher_log_probs[rows] - log_probs.detach(), 0)
+    (-((log_probs - log_probs.detach()).exp() * advantages).sum() / int(mask.sum())).backward()
+    for name, p in run.student.named_parameters():
+        assert torch.equal(p.grad, grads[name]), name
+
+
+def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", teacher=pair / "student")
+    rollouts = scored_step(run)
+    grads, metrics = gradient(run, rollouts)
+    figures = f.measure(run, rollouts)
+    assert abs(figures["reverse_kl"]) < 1e-5 and abs(figures["reverse_kl_kept"]) < 1e-6
+    assert max(g.abs().max() for g in grads.values()) < 1e-5 and abs(metrics["loss"]) < 1e-6
+
+
+def test_dropped_trajectories_never_enter_the_students_forward(pair, tmp_path, monkeypatch):
+    run = loaded(pair, tmp_path / "out", batch_size=10, filter_percentile=60)
+    rollouts, seen = scored_step(run), 0
+    forward = run.student.forward
+
+    def spy(ids, response):
+        nonlocal seen
+        seen += int(response.sum())
+        return forward(ids, response)
+
+    monkeypatch.setattr(run.student, "forward", spy)
+    f.update(run, rollouts)
+    assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.mask[rollouts.keep].sum())
+
+
+def test_several_updates_clip_a_ratio_that_has_moved(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12, updates_per_rollout=3, lr=0.1)
+    metrics, rollouts = f.train_step(run)
+    assert metrics["clip_fraction"] > 0.1 and metrics["skipped_updates"] == 0
+    run = loaded(pair, tmp_path / "out2", batch_size=12, lr=0.1)
+    assert f.train_step(run)[0]["clip_fraction"] == 0
+
+
+def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
+    grads = []
+    for name, extra in (("a", {}), ("b", dict(gradient_checkpointing=True))):
+        run = loaded(pair, tmp_path / name, **extra)
+        calls, layer = [], run.student.model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        rollouts = scored_step(run)
+        calls.clear()
+        grads.append(gradient(run, rollouts)[0])
+        assert len(calls) == (2 if extra else 1)  # recomputed in backward
+    assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-6) for name in grads[0])
+
+
+def test_the_controls_keep_the_rate_the_mean_and_the_multiset_of_weights(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12)
+    rollouts = scored_step(run)
+    by_likelihood = rollouts.keep
+    run.config.filter_by = "random"
+    random = f.choose_trajectories(run.config, rollouts, 0)
+    assert random.sum() == by_likelihood.sum()
+    assert any(not torch.equal(f.choose_trajectories(run.config, rollouts, s), by_likelihood) for s in range(3))
+    mask, rows = rollouts.mask, list(range(12))
+    soft = f.token_weights(rollouts.teacher_entropy, rollouts.teacher_entropy, mask, 1.0, 0.0)
+    chosen = {}
+    for kind in ("soft", "hard", "shuffled"):
+        run.config.token_weights = kind
+        chosen[kind] = f.choose_tokens(run.config, soft, mask, rows, 0)
+        torch.testing.assert_close(chosen[kind].sum(1), mask.sum(1).float())
+        assert (chosen[kind][~mask] == 0).all()
+    assert torch.equal(chosen["shuffled"].sort(1).values, soft.sort(1).values)
+    assert not torch.equal(chosen["shuffled"], soft)
+    for i in rows:
+        hard, n = chosen["hard"][i, :mask[i].sum()], int(mask[i].sum())
+        assert (hard > 0).sum() == -(-n // 2) and soft[i, :n][hard > 0].min() >= soft[i, :n][hard == 0].max() if n > 1 else True
+
+
+def test_a_quantile_for_each_teacher_keeps_each_teachers_share(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl", batch_size=20, filter_percentile=50,
+                 teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
+    rollouts = scored_step(run)
+    mine = torch.tensor([p.teacher == "one" for p in rollouts.prompts])
+    rollouts.scores = torch.where(mine, rollouts.scores - 100, rollouts.scores)  # teacher one finds all of it unlikely
+    assert not f.choose_trajectories(run.config, rollouts, 0)[mine].any()
+    run.config.filter_scope = "teacher"
+    keep = f.choose_trajectories(run.config, rollouts, 0)
+    assert keep[mine].sum() == -(-int(mine.sum()) // 2) and keep[~mine].sum() == -(-int((~mine).sum()) // 2)
+
+
+def test_a_nan_rollout_is_dropped_and_a_nan_gradient_changes_nothing(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out")
+    rollouts = scored_step(run)
+    rollouts.teacher_log_probs[2, 0] = math.nan
+    rollouts.scores = f.trajectory_scores(rollouts.teacher_log_probs, rollouts.mask)
+    rollouts.keep = f.choose_trajectories(run.config, rollouts, 0)
+    assert not rollouts.keep[2] and rollouts.keep.sum() >= 3
+    metrics = f.update(run, rollouts)
+    assert metrics["skipped_updates"] == 0 and math.isfinite(metrics["loss"])
+    assert math.isfinite(f.measure(run, rollouts)["reverse_kl"])
+    before = copy.deepcopy(run.student.state_dict())
+    rollouts.keep[2] = True  # as if it had slipped through
+    assert f.update(run, rollouts)["skipped_updates"] == 1
+    rollouts.keep[:] = False  # and a step that keeps nothing
+    assert f.update(run, rollouts)["skipped_updates"] == 1
+    assert all(torch.equal(before[name], value) for name, value in run.student.state_dict().items())
+
+
+# --- Evaluation -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("response,answer,correct", [
+    ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}", True), ("\\boxed{3} or \\boxed{4}", "3", False),
+    ("The answer is $1,234.", "1234", True), ("12 apples, then 7", "12", False), ("blue", "blue", True),
+    ("01358", "01358", True), ("\\boxed{", "3", False), ("", "3", False), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
+def test_exact_match(response, answer, correct):
+    assert f.is_correct(response, answer) is correct
+
+
+def test_metrics_of_a_worked_example(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out")
+    prompts = [f.Prompt([1], "12", "teacher", ""), f.Prompt([1], "3", "teacher", ""), f.Prompt([1], None, "teacher", "")]
+    tokens = torch.tensor([[1, 2, 14], [4, 5, 14], [6, 6, 6]])
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    r = f.Rollouts(prompts, tokens, mask, torch.tensor([True, True, False]), torch.full((3, 3), -1.0),
+                   torch.tensor([[-1.0, -1, -1], [-2, -2, -2], [-4, -4, -4]]), torch.ones(3, 3), torch.tensor([-1.0, -2, -4]))
+    figures = f.measure(run, r)
+    assert figures["reverse_kl"] == pytest.approx(4 / 3) and figures["exact_match"] == 0.5
+    assert figures["truncated"] == pytest.approx(1 / 3) and figures["length"] == 3
+    r.keep, r.student_log_probs, r.student_entropy = torch.tensor([True, True, False]), torch.full((3, 3), -1.5), torch.ones(3, 3)
+    r.weights = torch.tensor([[2.0, 0.5, 0.5], [1, 1, 1], [0, 0, 0]])
+    figures = f.measure(run, r)
+    assert figures["reverse_kl_kept"] == 0 and figures["keep_ratio"] == pytest.approx(2 / 3)
+    assert figures["truncated_dropped"] == 1 and figures["exact_match_kept"] == 0.5
+    assert figures["weight_top_decile"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert math.isnan(figures["reverse_kl_dropped"]) is False and "exact_match_dropped" not in figures
+
+
+# --- Settings -------------------------------------------------------------------------------------------------
+
+def test_the_command_line_wins_over_json_and_json_over_defaults(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(dict(teacher="t", student="s", prompts="p", lr=0.5, seed=7)))
+    config = f.parse_config(["--config", str(path), "--seed", "8"])
+    assert (config.seed, config.lr, config.batch_size) == (8, 0.5, 64)
+
+
+def test_the_defaults_of_a_real_run_are_those_of_the_method():
+    c = f.parse_config(["--teacher", "t", "--student", "s", "--prompts", "p"])
+    assert (c.filter_percentile, c.alpha, c.beta, c.clip_ratio, c.temperature) == (20, 1, 1, 0.2, 1)
+    assert (c.lr, c.weight_decay, c.max_grad_norm, c.loss_agg, c.updates_per_rollout) == (1e-6, 0.01, 1, "token-mean", 1)
+    assert c.tiny is None and c.filter_by == "likelihood" and c.token_weights == "soft"
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        f.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert all("--" + name.replace("_", "-") in text for name in f.SETTINGS if name != "tiny")
+    assert "share of trajectories to drop, in % [20.0]" in text
+
+
+# --- Prompts --------------------------------------------------------------------------------------------------
+
+def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
+    tokenizer, config = f.tiny_tokenizer(), f.Config(max_prompt_tokens=20)
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "1+"}, {"problem": "2+", "answer": "3", "group": "g"}, {"prompt": "1" * 30}])
+    a, b = f.load_prompts(path, tokenizer, config, ["t"])
+    assert (a.ids, b.ids, b.answer, b.group, b.teacher) == ([1, 10], [2, 10], "3", "g", "t")
+    tokenizer.chat_template = ("{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}={% endif %}"
+                               "{% if enable_thinking %}9{% endif %}")
+    chat = [{"role": "user", "content": "4"}, {"role": "assistant", "content": "5"}]
+    path = write_rows(tmp_path / "q.jsonl", [{"prompt": "1"}, {"messages": chat}, {"prompt": chat[:1]}])
+    ids = [p.ids for p in f.load_prompts(path, tokenizer, config, ["t"])]
+    assert ids == [[1, 11, 12], [4, 11, 12], [4, 11, 12]]
+    config.enable_thinking = True
+    assert f.load_prompts(path, tokenizer, config, ["t"])[0].ids == [1, 11, 12, 9]
+    config.chat_template = "none"
+    assert f.tokenize("1", tokenizer, config) == [1]
+
+
+def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=16, rollouts_per_prompt=2)
+    met = []
+    for run.step in range(10):  # 10 steps of 8 prompts: two epochs of 40
+        prompts = f.step_prompts(run)
+        assert all(prompts[i] is prompts[i + 1] for i in range(0, 16, 2))
+        met += [id(p) for p in prompts[::2]]
+    everyone = {id(p) for p in run.prompts}
+    assert set(met[:40]) == set(met[40:]) == everyone and met[:40] != met[40:]
+
+
+# --- Bad input: one line, status 2, no traceback --------------------------------------------------------------
+
+def bad_inputs(pair, root):
+    """(name, argv, what the line must contain), at least sixty."""
+    out = itertools.count()
+    new = lambda: root / f"out{next(out)}"
+
+    def run(**settings):
+        return flags(pair, new(), **settings)
+
+    def prompts(content):
+        path = root / f"prompts{next(out)}.jsonl"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return run(prompts=path)
+
+    def config(content):
+        path = root / f"config{next(out)}.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return ["--config", str(path), *run()]
+
+    def student(change, **settings):
+        folder = root / f"student{next(out)}"
+        shutil.copytree(pair / "student", folder)
+        change(folder)
+        return run(student=folder, **settings)
+
+    def vocabulary(change):
+        def edit(folder):
+            path = folder / "tokenizer.json"
+            path.write_text(change(path.read_text()))
+        return edit
+
+    cut = lambda name, keep=0.5: lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:int(keep * (folder / name).stat().st_size)])
+    template = lambda text: lambda folder: (folder / "chat_template.jinja").write_text(text)
+    good = '{"prompt": "1+2="}\n'
+    busy = root / "busy"
+    busy.mkdir()
+    (busy / "metrics.jsonl").write_text("")
+    (root / "afile").write_text("x")
+    (root / "empty").mkdir()
+
+    def pickled(folder):
+        torch.save({}, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+
+    def renamed(folder):
+        save_file({"x": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+
+    yield from [
+        ("unknown flag", run() + ["--stpes", "3"], "--steps"), ("stray word", run() + ["hello"], "hello"),
+        ("no value", run() + ["--lr"], "--lr"), ("only teacher", ["--teacher", "x"], "--student, --prompts"),
+        ("only prompts", ["--prompts", "x", "--student", "y"], "--teacher"),
+        ("text for a number", run(steps="many"), "steps"), ("fraction of a step", run(steps="1.5"), "steps"),
+        ("negative steps", run(steps=-1), ">= 0"), ("percentile over 100", run(filter_percentile=101), "<= 100"),
+        ("percentile below 0", run(filter_percentile=-1), ">= 0"), ("lr of zero", run(lr=0), "> 0"),
+        ("lr nan", run(lr="nan"), "lr"), ("lr infinite", run(lr="inf"), "lr"), ("temperature 0", run(temperature=0), "> 0"),
+        ("alpha negative", run(alpha=-0.1), ">= 0"), ("batch of zero", run(batch_size=0), ">= 1"),
+        ("huge number", run(steps="9" * 5000), "steps"), ("clip of zero", run(clip_ratio=0), "> 0"),
+        ("unknown choice", run(loss_agg="sum"), "seq-mean"), ("unknown device", run(device="tpu"), "cuda"),
+        ("indivisible batch", run(batch_size=6, rollouts_per_prompt=4), "multiple"),
+        ("resume without folder", ["--resume"], "--output-dir"),
+        ("resume nothing", run(resume=True), "no complete checkpoint"),
+        ("no such regime", ["--regime", "lunar"], "foreign"),
+        ("config missing", run(config=root / "nowhere.json"), "nowhere.json"), ("config is a folder", run(config=root), "config"),
+        ("config not JSON", config("{steps: 3}"), "JSON"), ("config a list", config("[1]"), "object"),
+        ("config empty", config(""), "JSON"), ("config binary", config(b"\xff\xfe\x00"), "config"),
+        ("config unknown key", config('{"btach_size": 3}'), "batch_size"), ("config wrong type", config('{"steps": "3x"}'), "steps"),
+        ("config bool for int", config('{"steps": true}'), "steps"), ("config NaN", config('{"lr": NaN}'), "lr"),
+        ("config null", config('{"student": null}'), "student"), ("config list value", config('{"alpha": [1]}'), "alpha"),
+        ("config bad tiny", ["--config", config('{"tiny": {"regimes": 3}}')[1]], "tiny"),
+        ("prompts missing", run(prompts=root / "none.jsonl"), "none.jsonl"), ("prompts a folder", run(prompts=root), "prompts" if False else str(root)),
+        ("prompts empty", prompts(""), "no prompt"), ("prompts blank", prompts("\n \n"), "no prompt"),
+        ("prompts binary", prompts(os.urandom(64) + b"\n"), "line 1"), ("prompts not JSON", prompts(good + "nope\n"), "line 2"),
+        ("prompts truncated", prompts(good + '{"prompt": "1'), "line 2"), ("prompts a list", prompts("[1]\n"), "line 1"),
+        ("prompts a number", prompts(good * 2 + "3\n"), "line 3"), ("prompt missing", prompts('{"text": "1"}\n'), "line 1"),
+        ("prompt empty", prompts('{"prompt": ""}\n'), "line 1"), ("prompt a number", prompts('{"prompt": 3}\n'), "line 1"),
+        ("prompt null", prompts('{"prompt": null}\n'), "line 1"), ("messages without template", prompts('{"prompt": [{"role": "user", "content": "1"}]}'), "chat template"),
+        ("prompt without tokens", student(template("{{ '' }}")), "no tokens"), ("template raises", student(template("{{ raise_exception('no') }}")), "line 1"),
+        ("template broken", student(template("{% if %}")), "line 1"),
+        ("messages malformed", student(template("{{ messages[0].content }}")) + ["--prompts", prompts('{"prompt": [3]}')[5]], "line 1"),
+        ("answer a number", prompts('{"prompt": "1", "answer": 3}\n'), "answer"), ("group a list", prompts('{"prompt": "1", "group": []}\n'), "group"),
+        ("teacher unknown", prompts(good + '{"prompt": "1", "teacher": "bob"}\n'), "bob"),
+        ("invalid UTF-8", prompts(b'{"prompt": "\xc3\x28"}\n'), "line 1"), ("lone surrogate", prompts('{"prompt": "\\ud800"}\n'), "line 1"),
+        ("huge line", prompts('{"prompt": "' + "1" * 10 ** 6 + '"}\n'), "max-prompt-tokens"), ("deep JSON", prompts("[" * 10 ** 5), "line 1"),
+        ("all prompts too long", run(max_prompt_tokens=2), "40 prompts"),
+        ("eval prompts missing", run(eval_prompts=root / "no.jsonl"), "no.jsonl"),
+        ("student missing", run(student=root / "nowhere"), "no such folder"), ("student a file", run(student=root / "afile"), "no such folder"),
+        ("student empty", run(student=root / "empty"), "tokenizer"), ("teacher missing", run(teacher="./nowhere"), "teacher"),
+        ("teacher twice", run(teacher=[f"a={pair / 'teacher'}", f"a={pair / 'other'}"]), "NAME=PATH"),
+        ("teacher without path", run(teacher="a="), "NAME=PATH"), ("rows name no teacher", run(teacher=[f"a={pair / 'teacher'}", f"b={pair / 'other'}"]), "line 1"),
+        ("weights truncated", student(cut("model.safetensors")), "safetensors"), ("weights empty", student(cut("model.safetensors", 0)), "safetensors"),
+        ("weights missing", student(lambda d: (d / "model.safetensors").unlink()), "safetensors"), ("weights of nothing", student(renamed), "missing"),
+        ("weights pickled", student(pickled), "safetensors"), ("config.json cut", student(cut("config.json")), "student"),
+        ("tokenizer cut", student(cut("tokenizer.json")), "tokenizer"),
+        ("vocabulary swapped", student(vocabulary(lambda t: t.replace('"3": 3', '"3": 4').replace('"4": 4', '"4": 3', 1))), "2 of the student's"),
+        ("vocabulary disjoint", student(vocabulary(lambda t: re.sub(r'"(\d)": (\d)', r'"x\1": \2', t))), "10 of the student's"),
+        ("weights of another shape", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64'))), "shape"),
+        ("output a file", run(output_dir=root / "afile"), "output folder"), ("output under a file", run(output_dir=root / "afile" / "x"), "output folder"),
+        ("output in use", run(output_dir=busy), "--resume"), ("output unwritable", run(output_dir="/proc/nowhere"), "output folder"),
+    ]
+    if not torch.cuda.is_available():
+        yield "cuda without a GPU", run(device="cuda"), "--device cpu"
+
+
+def test_bad_input_gives_one_line_and_status_2(pair, tmp_path, capsys):
+    tried = 0
+    for name, argv, needle in bad_inputs(pair, tmp_path):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            f.main(argv)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2, name
+        assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000, (name, error)
+        assert needle in error, (name, needle, error)
+        tried += 1
+    assert tried >= 60 and (tmp_path / "busy" / "metrics.jsonl").exists()
+
+
+def test_a_real_process_ends_with_one_line_and_status_2(pair, tmp_path):
+    done = subprocess.run([sys.executable, FILE, *flags(pair, tmp_path / "out", student=tmp_path / "no")], text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_a_hub_name_without_network_gives_one_line(pair, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(f.socket, "create_connection", lambda *a: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(SystemExit):
+        f.main(flags(pair, tmp_path / "out", student="fire-opd/does-not-exist"))
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be reached" in error
+
+
+def test_what_is_printed_cannot_move_the_cursor(pair, tmp_path, capsys):
+    assert f.visible("a\x1b[2Jb\r\n\u202e") == "a\\x1b[2Jb\\r\n\\u202e"
+    f.say("x\x1b[31m")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch):
+    forward = Qwen3ForCausalLM.forward
+
+    def capped(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = 2 * (out.logits / 2).tanh()
+        return out
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
+    with pytest.raises(f.UserError, match="caps its logits"):
+        loaded(pair, tmp_path / "out")
+
+
+def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
+    shutil.copytree(pair / "teacher", tmp_path / "t")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "t" / name
+        path.write_text(path.read_text().replace('"eos_token_id": 14', '"eos_token_id": 3'))
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
+    loaded(pair, tmp_path / "out", teacher=tmp_path / "t")
+    out = capsys.readouterr().out
+    assert "warning  end of sequence" in out and "warning  teacher teacher has another chat template" in out
+
+
+# --- Whole runs -----------------------------------------------------------------------------------------------
+
+def test_the_tiny_pair_learns_what_its_teacher_knows_and_keeps_what_it_does_not(tmp_path, capsys):
+    """A shortened version of the README's first command: 5 digits, a smaller teacher."""
+    config = json.load(open(os.path.join(HERE, "tiny_config.json")))
+    config["tiny"] |= dict(digits=5, teacher=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4), teacher_loss=0.03)
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    finals = {}
+    for arm, extra in (("fire", []), ("opd", ["--filter-percentile", "0", "--alpha", "0", "--beta", "0"])):
+        out = tmp_path / arm
+        if arm == "opd":
+            shutil.copytree(tmp_path / "fire" / "tiny", out / "tiny")
+        f.main(["--config", str(tmp_path / "c.json"), "--output-dir", str(out), "--device", "cpu", *extra])
+        finals[arm] = log_of(out)
+    first, fire, opd = finals["fire"][0], finals["fire"][-1], finals["opd"][-1]
+    assert fire["eval/reverse_kl/+"] < 0.7 * first["eval/reverse_kl/+"]
+    assert fire["eval/exact_match/+"] > first["eval/exact_match/+"] + 0.05
+    assert fire["eval/exact_match/,"] > 0.6 and opd["eval/exact_match/,"] < 0.2
+    printed = capsys.readouterr().out
+    assert "DROPPED" in printed and "before     after" in printed and "nan" not in printed
+
+
+def test_steps_0_evaluates_and_writes_nothing(pair, tmp_path, capsys):
+    f.main(flags(pair, tmp_path / "out", steps=0, eval_prompts=pair / "prompts.jsonl"))
+    assert "step 0: evaluation" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_saved(pair, tmp_path, capsys, monkeypatch):
+    calls = []
+    loss = f.policy_loss
+    monkeypatch.setattr(f, "policy_loss", lambda *a: calls.append(1) or loss(*a) * (math.nan if len(calls) > 1 else 1))
+    with pytest.raises(SystemExit) as stop:
+        f.main(flags(pair, tmp_path / "out", steps=9))
+    assert stop.value.code == 2 and "three steps in a row" in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "out").values())
+    assert [row["skipped_updates"] for row in log_of(tmp_path / "out")] == [0, 1, 1, 1]
+
+
+def test_the_saved_student_loads_and_generates(pair, tmp_path):
+    from transformers import pipeline
+    for tie in (True, False):
+        save_model(tmp_path / f"s{tie}", 5, tie_word_embeddings=tie)
+        out = tmp_path / f"out{tie}"
+        f.main(flags(pair, out, student=tmp_path / f"s{tie}"))
+        text = pipeline("text-generation", f.checkpoints(out)[-1])("12+=", max_new_tokens=5)[0]["generated_text"]
+        assert text.startswith("12+=")
+        assert ("lm_head.weight" in weights_of(out)) is not tie
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(updates_per_rollout=2, rollouts_per_prompt=2)])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pair, tmp_path, settings, capsys):
+    settings |= dict(eval_prompts=pair / "prompts.jsonl", eval_samples=8, eval_every=2, save_every=1, keep=9)
+    f.main(flags(pair, tmp_path / "whole", steps=5, **settings))
+    f.main(flags(pair, tmp_path / "cut", steps=2, **settings))
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # what a kill after the checkpoint would leave
+    f.main(flags(pair, tmp_path / "cut", steps=5, resume=True, **settings))
+    same_metrics(log_of(tmp_path / "whole"), [r for r in log_of(tmp_path / "cut")], rel=0, abs=0)
+    whole, cut = (load_file(os.path.join(f.checkpoints(tmp_path / n)[-1], "optimizer.safetensors")) for n in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
+    whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    with pytest.raises(SystemExit):
+        f.main(flags(pair, tmp_path / "cut", steps=6, resume=True, **settings | dict(lr=0.5)))
+    error = capsys.readouterr().err
+    assert "lr was 0.01, is 0.5" in error and "steps" in error
+
+
+def test_a_run_stopped_before_its_first_update_resumes_to_the_same_bits(pair, tmp_path, monkeypatch):
+    f.main(flags(pair, tmp_path / "whole"))
+    score = f.score
+    monkeypatch.setattr(f, "score", lambda *a: f.STOP.set() or score(*a))
+    with pytest.raises(SystemExit) as stop:
+        f.main(flags(pair, tmp_path / "cut"))
+    assert stop.value.code == 130 and f.checkpoints(tmp_path / "cut")[0].endswith("000000")
+    monkeypatch.undo()
+    f.main(flags(pair, tmp_path / "cut", resume=True))
+    whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+def test_resume_refuses_other_prompts_and_a_broken_checkpoint(pair, tmp_path, capsys):
+    shutil.copy(pair / "prompts.jsonl", tmp_path / "p.jsonl")
+    argv = flags(pair, tmp_path / "out", prompts=tmp_path / "p.jsonl", save_every=1, keep=9)
+    f.main(argv)
+    newest = f.checkpoints(tmp_path / "out")[-1]
+    intact = open(os.path.join(newest, "optimizer.safetensors"), "rb").read()
+    save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
+    errors = []
+    for damage in (intact[:100], None, intact):
+        if damage is not None:
+            with open(os.path.join(newest, "optimizer.safetensors"), "wb") as file:
+                file.write(damage)
+        if damage is intact:
+            (tmp_path / "p.jsonl").write_text('{"prompt": "1+"}\n')
+        with pytest.raises(SystemExit):
+            f.main(argv + ["--resume"])
+        errors.append(capsys.readouterr().err)
+        save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
+    assert "before it" in errors[0] and "KeyError" in errors[1] and "other prompts" in errors[2]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_alone(pair, tmp_path, capsys, monkeypatch):
+    save = f.save_file
+
+    def full(tensors, path):
+        if "partial" in str(path) and f.checkpoints(tmp_path / "out"):
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(f, "save_file", full)
+    with pytest.raises(SystemExit) as stop:
+        f.main(flags(pair, tmp_path / "out", save_every=1))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "No space left" in error
+    monkeypatch.undo()
+    f.main(flags(pair, tmp_path / "out", save_every=1, resume=True))
+    assert [os.path.basename(c) for c in f.checkpoints(tmp_path / "out")] == ["checkpoint-000002", "checkpoint-000003"]
+
+
+def spawn(argv, ranks=1, port=29500, **environment):
+    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)] if ranks > 1 else [])
+    return subprocess.Popen(command + [FILE, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def finish(process, seconds=120):
+    try:
+        out, error = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"no end after {seconds} s: {process.communicate()}")
+    return process.returncode, out, error
+
+
+def test_signals_and_kills_lose_nothing(pair, tmp_path):
+    """SIGTERM saves and leaves; SIGKILL at any moment leaves complete checkpoints; both resume to the same bits."""
+    settings = dict(steps=60, save_every=3, batch_size=4, max_new_tokens=6)
+    f.main(flags(pair, tmp_path / "whole", **settings))
+    argv = flags(pair, tmp_path / "cut", **settings)
+    process = spawn(argv)
+    while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(open(tmp_path / "cut" / "metrics.jsonl").readlines()) < 4:
+        assert process.poll() is None, finish(process)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    code, out, error = finish(process)
+    assert code == 130 and "go on with" in out and error == ""
+    process = spawn(argv + ["--resume"])
+    seen = len(f.checkpoints(tmp_path / "cut"))
+    deadline = time.time() + 60
+    start = f.checkpoints(tmp_path / "cut")[-1]
+    while f.checkpoints(tmp_path / "cut")[-1] == start and time.time() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    finish(process)
+    f.main(argv + ["--resume"])
+    whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
+    assert all(torch.equal(whole[n], cut[n]) for n in whole)
+    same_metrics(log_of(tmp_path / "whole"), log_of(tmp_path / "cut"), rel=0, abs=0)
+
+
+@pytest.mark.parametrize("ranks,settings", [
+    (2, dict(batch_size=12, max_new_tokens=12)),
+    (3, dict(batch_size=6, filter_percentile=90)),  # one trajectory kept: two ranks have nothing to train on
+    (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40))])
+def test_any_number_of_ranks_is_the_same_run(pair, tmp_path, ranks, settings):
+    settings |= dict(teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"], prompts=pair / "routed.jsonl",
+                     eval_prompts=pair / "routed.jsonl", eval_samples=9, steps=3, save_every=2)
+    f.main(flags(pair, tmp_path / "one", **settings))
+    port = 29500 + os.getpid() % 5000 + 10 * ranks
+    code, out, error = finish(spawn(flags(pair, tmp_path / "many", **settings), ranks, port))
+    assert code == 0, error
+    assert out.count("step 3: evaluation") == 1  # rank 0 alone prints
+    same_metrics(log_of(tmp_path / "one"), log_of(tmp_path / "many"), rel=1e-3, abs=1e-4)
+    one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
+    assert one.keys() == many.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], many[name], rtol=1e-3, atol=1e-4)
+    # a resumed run on the same ranks is the same run; and what many ranks have saved, one rank can resume
+    shutil.copytree(tmp_path / "many", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-000003")
+    code, out, error = finish(spawn(flags(pair, tmp_path / "cut", **settings, resume=True), ranks, port + 7))
+    assert code == 0, error
+    cut = weights_of(tmp_path / "cut")
+    assert all(torch.equal(many[name], cut[name]) for name in many)
+    f.main(flags(pair, tmp_path / "many", **settings | dict(steps=4, resume=True)))
+    assert f.checkpoints(tmp_path / "many")[-1].endswith("000004")
+
+
+def test_an_error_on_any_rank_ends_all_of_them(pair, tmp_path):
+    started = time.time()
+    code, out, error = finish(spawn(flags(pair, tmp_path / "out", batch_size=5), 2, 29400 + os.getpid() % 5000))
+    assert code == 1 and "multiple of rollouts_per_prompt" in error and "Root Cause" in error
+    assert error.count("error: batch_size") == 1 and time.time() - started < 60
+
+
+# --- The comparison -------------------------------------------------------------------------------------------
+
+def test_the_interval_is_students():
+    centre, deviation, half = f.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (centre, deviation) == (3, pytest.approx(math.sqrt(2.5))) and half == pytest.approx(1.963, abs=1e-3)
+    assert math.isnan(f.interval([1.0])[2])
+
+
+def test_a_miniature_comparison_of_all_arms(pair, tmp_path, capsys):
+    argv = flags(pair, tmp_path / "out", steps=2, eval_prompts=pair / "prompts.jsonl", eval_samples=8) + ["--compare", "--seeds", "2"]
+    f.main(argv)
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert [line.split(" |")[0][2:] for line in table.splitlines()[2:]] == list(f.ARMS)
+    assert "+0.000 ± 0.000" in table.splitlines()[2]  # OPD against itself
+    starts = {json.dumps(log_of(tmp_path / "out" / "seed-1" / arm.replace(" ", "-"))[0]) for arm in f.ARMS}
+    assert len(starts) == 1  # all arms start from the same student and meet the same uniforms
+    shutil.rmtree(tmp_path / "out" / "seed-1" / "FiRe-OPD")
+    capsys.readouterr()
+    f.main(argv)  # an interrupted comparison trains what is missing, nothing else
+    out = capsys.readouterr().out
+    assert out.count("=== seed") == 1 and "=== seed 1, FiRe-OPD" in out
+    assert (tmp_path / "out" / "comparison.md").read_text() == table
+
+
+# --- The README -----------------------------------------------------------------------------------------------
+
+def test_the_readme_names_what_exists():
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    table = re.findall(r"^\|[^|\n]*\|[^|\n]*\|\s*`(\w+(?:\.\w+)?)`\s*\|$", text, re.M)
+    assert len(table) >= 5
+    for name in table:
+        assert eval(f"f.{name}"), name
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"nproc-per-node", "nnodes", "node-rank", "rdzv-backend",
+                                                                         "rdzv-endpoint", "max-restarts", "help", "tasks", "model", "limit", "include-path"}:
+        assert flag.removeprefix("no-").replace("-", "_") in f.SETTINGS, flag
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_run_learns_in_bf16_as_on_the_cpu(pair, tmp_path):
+    f.main(flags(pair, tmp_path / "cpu", batch_size=32))
+    f.main(flags(pair, tmp_path / "gpu", batch_size=32, device="cuda", dtype="float32"))
+    same_metrics(log_of(tmp_path / "cpu")[:1], log_of(tmp_path / "gpu")[:1], rel=1e-2, abs=1e-2)
+    f.main(flags(pair, tmp_path / "bf16", batch_size=32, device="cuda"))
+    assert all(math.isfinite(row["loss"]) and row["skipped_updates"] == 0 for row in log_of(tmp_path / "bf16"))
