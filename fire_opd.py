@@ -25,6 +25,7 @@ import argparse, contextlib, dataclasses, datetime, difflib, hashlib, json, math
 import signal, socket, sys, threading, time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import huggingface_hub, tokenizers, transformers
 import numpy as np
@@ -37,23 +38,21 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedTokenizerFast,
-                          Qwen3Config, Qwen3ForCausalLM)
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 
-# --- The method: pure tensor functions, no models, no globals -----------------------------------------------------
+# --- The method: pure tensor functions, no models, no globals -----------------------------------------------
 
 def upcast(x):
     """bfloat16 and float16 become float32, float32 and float64 stay: no likelihood is computed in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
 def is_eos(tokens, eos_ids):
-    """Which tokens end a response: there may be several such ids. tokens [...], eos_ids: ints -> [...] bool."""
+    """Which tokens end a response; several ids may. tokens [...], eos_ids: ints -> [...] bool."""
     return torch.isin(tokens, torch.tensor(sorted(eos_ids), dtype=torch.long, device=tokens.device))
-
 
 def response_mask(tokens, eos_ids):
     """True up to and including the first end of sequence. tokens [B, T], eos_ids: ints -> [B, T] bool.
@@ -63,7 +62,6 @@ def response_mask(tokens, eos_ids):
     """
     ends = is_eos(tokens, eos_ids).long()
     return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
-
 
 def trajectory_scores(teacher_log_probs, response_mask):
     """s = (1/|y|) sum_t log pi_T(y_t): how likely the teacher finds each trajectory, per token.
@@ -75,7 +73,6 @@ def trajectory_scores(teacher_log_probs, response_mask):
     lengths = mask.sum(1)  # [B]
     total = upcast(teacher_log_probs).masked_fill(~mask, 0).sum(1)  # [B]
     return torch.where(lengths > 0, total / lengths.clamp(min=1), -torch.inf)
-
 
 def filter_trajectories(scores, percentile):
     """Filter: keep the trajectories with s >= the `percentile` quantile of all finite scores.
@@ -93,7 +90,6 @@ def filter_trajectories(scores, percentile):
     rank = percentile * (len(ordered) - 1) / 100  # in this order, exact where the quantile is a score
     low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
     return finite & (scores >= low + (rank - math.floor(rank)) * (high - low))
-
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0, scope="trajectory"):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the scope's valid tokens.
@@ -119,7 +115,6 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     # Mean 1 keeps the step size of plain distillation: the weights only move it from token to token.
     return weights * mask.sum(dims, keepdim=True) / weights.sum(dims, keepdim=True).clamp(min=1e-12)
 
-
 def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens, clip_ratio=0.2):
     """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar.
 
@@ -139,48 +134,56 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
     return -objective.sum() / num_tokens
 
-
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
 
     At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
-    tensors of the run by far. Here they live for one chunk, and backward computes them a second time.
+    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again. All
+    chunks share two buffers: on a CPU, touching fresh memory for each costs as much as the matrix product.
     """
+
+    @staticmethod
+    def logits(h, w, temperature, buffer):  # [chunk, D], [V, D] -> [chunk, V], shifted to a maximum of 0
+        z = buffer[:len(h)]
+        z = torch.mm(h, w.T, out=z) if h.dtype == z.dtype else z.copy_(h @ w.T)
+        return z.div_(temperature).sub_(z.amax(1, keepdim=True))
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        log_probs, entropy, w = [], [], weight.to(dtype)
-        for h, y in zip(hidden.to(dtype).split(chunk), targets.split(chunk)):
-            logits = upcast(h @ w.T).div_(temperature)  # [chunk, V]
-            logits -= logits.logsumexp(1, keepdim=True)  # now log-probs
-            log_probs.append(logits.gather(1, y[:, None])[:, 0])
-            entropy.append(-torch.linalg.vecdot(logits.exp(), logits))
+        high, w = torch.promote_types(hidden.dtype, torch.float32), weight.to(dtype)
+        buffers = [hidden.new_empty(min(chunk, len(hidden)), len(w), dtype=high) for _ in range(2)]
+        log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=high)
+        chunks = (x.split(chunk) for x in (hidden.to(dtype), targets, log_probs, entropy))
+        for h, y, log_p, H in zip(*chunks):
+            z = ChunkedLogProbs.logits(h, w, temperature, buffers[0])
+            exp = torch.exp(z, out=buffers[1][:len(h)])
+            total = exp.sum(1)
+            log_p.copy_(z.gather(1, y[:, None])[:, 0] - total.log())
+            H.copy_(total.log() - exp.mul_(z).sum(1) / total)  # -sum p log p with log p = z - log total
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, dtype
-        entropy = torch.cat(entropy)
+        ctx.temperature, ctx.chunk, ctx.dtype, ctx.high = temperature, chunk, dtype, high
         ctx.mark_non_differentiable(entropy)
-        return torch.cat(log_probs), entropy
+        return log_probs, entropy
 
     @staticmethod
     def backward(ctx, grad_log_probs, _):
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden, w = torch.empty_like(hidden), weight.to(ctx.dtype)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        buffer = hidden.new_empty(min(ctx.chunk, len(hidden)), len(w), dtype=ctx.high)
         chunks = (x.split(ctx.chunk) for x in (hidden.to(ctx.dtype), targets, grad_log_probs, grad_hidden))
         for h, y, g, grad_h in zip(*chunks):
-            p = upcast(h @ w.T).div_(ctx.temperature).softmax(1)  # [chunk, V]
-            # d log p(y) / d logits = (onehot(y) - p) / temperature
-            grad = p.mul_(-g[:, None]).scatter_add_(1, y[:, None], g[:, None].to(p.dtype))
-            grad = grad.div_(ctx.temperature).to(ctx.dtype)
+            p, g = ChunkedLogProbs.logits(h, w, ctx.temperature, buffer).exp_(), g[:, None] / ctx.temperature
+            # d log pi(y) / d logits = (onehot(y) - p) / temperature
+            grad = p.mul_(-g / p.sum(1, keepdim=True)).scatter_add_(1, y[:, None], g).to(ctx.dtype)
             grad_h.copy_(grad @ w)
             if grad.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, h)
             else:
                 grad_weight += grad.T @ h
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
-
 
 def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128):
     """log pi(target_n) and H_n of pi = softmax(hidden W^T / temperature), never whole over [N, V].
@@ -189,7 +192,6 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     entropy [N] (not), in nats.
     """
     return ChunkedLogProbs.apply(hidden, lm_head_weight, targets, temperature, chunk)
-
 
 def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u is a draw from pi.
@@ -206,10 +208,10 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-# --- Policies: a causal LM, teacher or student, as the method sees it ------------------------------------------
+# --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
 
 class UniformSampler:
-    """A logits processor that leaves `generate` one choice: the inverse-CDF draw from the row's own uniforms."""
+    """A logits processor that leaves `generate` one choice: the draw from the row's own uniforms."""
 
     def __init__(self, policy, uniforms, prompt_width):
         self.policy, self.uniforms, self.prompt_width = policy, uniforms, prompt_width  # uniforms [b, T]
@@ -218,11 +220,10 @@ class UniformSampler:
 
     def __call__(self, input_ids, logits):  # [n, L], [n, V] -> [n, V]
         t = input_ids.shape[1] - self.prompt_width
-        logits_of_tokens = logits[:, :self.policy.vocab_size]  # embeddings are padded: further rows are no tokens
-        tokens, log_probs = sample_tokens(logits_of_tokens, self.uniforms[self.rows, t], self.policy.temperature)
+        known = logits[:, :self.policy.vocab_size]  # embeddings are padded: the rows beyond are no tokens
+        tokens, log_probs = sample_tokens(known, self.uniforms[self.rows, t], self.policy.temperature)
         self.log_probs[self.rows, t] = log_probs.float()
         return torch.zeros_like(logits).scatter_(1, tokens[:, None], 1)  # generate is greedy: it takes the 1
-
 
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature."""
@@ -233,15 +234,17 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, config.temperature
         self.chunk = 128 if config.device == "cpu" else 1024
-        self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-        self.checkpointed = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        half = config.dtype == "bfloat16"
+        self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=half)
+
+    def layers(self):
+        """The transformer blocks: what is recomputed, and what is sharded."""
+        return [m for m in self.model.modules() if type(m).__name__ in (self.model._no_split_modules or ())]
 
     def forward(self, ids, response):
-        """log pi(y_t) and H_t of every response token. ids [b, L], response [b, L] bool -> two [n], row by row."""
-        for layer in self.checkpointed:  # transformers recomputes in training mode only; dropout inside stays off
-            layer.training = torch.is_grad_enabled()
+        """log pi(y_t) and H_t of all n response tokens, row by row. ids, response bool [b, L] -> [n], [n]."""
         with self.autocast():
-            # Padding is on the right, where the real tokens of a causal model cannot see it: no mask is needed.
+            # Padding is on the right, where the real tokens of a causal model cannot see it: no mask needed.
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, D]
             hidden = hidden[:, :-1][response[:, 1:]]  # [n, D]: position t - 1 predicts token t
             weight = self.model.get_output_embeddings().weight[:self.vocab_size]  # [V, D]
@@ -251,20 +254,20 @@ class Policy(nn.Module):
     def sample(self, prompts, uniforms, eos_ids, pad_id):
         """One response to each prompt. prompts: b lists of ids, uniforms [b, T] -> tokens, log_probs [b, T].
 
-        `generate` runs in segments; rows that have ended leave the batch and its cache between them, so that a
-        long-tailed batch does not pay b times for its longest row. What follows a row's EOS means nothing.
+        `generate` runs in segments; rows that have ended leave the batch and its cache between them: a batch
+        must not pay b times for its longest row. What follows a row's EOS means nothing.
         """
         (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.model.device
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # [b, width]
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         tokens = torch.full((b, length), pad_id, device=device)
-        sampler, cache = UniformSampler(self, uniforms.to(device), width), DynamicCache(config=self.model.config)
-        for layer in self.checkpointed:
-            layer.training = False  # in training mode it would switch the cache off
+        sampler = UniformSampler(self, uniforms.to(device), width)
+        cache = DynamicCache(config=self.model.config)
         with self.autocast():  # keeps the bf16 weights that it casts for all tokens of this call
             while len(ids) and (done := ids.shape[1] - width) < length and not STOP.is_set():
-                ids = self.model.generate(ids, attention_mask=attention, past_key_values=cache,
-                                          logits_processor=[sampler], max_new_tokens=min(self.SEGMENT, length - done))
+                ids = self.model.generate(
+                    ids, attention_mask=attention, past_key_values=cache, logits_processor=[sampler],
+                    max_new_tokens=min(self.SEGMENT, length - done))
                 new = ids[:, width + done:]  # [n, <= SEGMENT]
                 tokens[sampler.rows, done:done + new.shape[1]] = new
                 unfinished = ~is_eos(new, eos_ids).any(1)  # [n]
@@ -275,11 +278,10 @@ class Policy(nn.Module):
         return tokens.cpu(), sampler.log_probs.cpu()
 
 
-# --- One step: rollout, score, filter, reweight, update --------------------------------------------------------
+# --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
 
-# Randomness is a function of (seed, purpose, ...), drawn where it is needed: nothing to save, share or restore.
+# Randomness is a function of (seed, purpose, ...), drawn where it is needed: no state to save or share.
 SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE = range(5)
-
 
 @dataclass
 class Run:
@@ -297,7 +299,6 @@ class Run:
     pad_id: int = 0
     step: int = 0  # steps done
 
-
 @dataclass
 class Rollouts:
     """The trajectories of one step as tables on the CPU, the same on every rank."""
@@ -310,14 +311,13 @@ class Rollouts:
     teacher_entropy: torch.Tensor = None  # [B, T]
     scores: torch.Tensor = None  # [B]
     keep: torch.Tensor = None  # [B] bool
-    student_log_probs: torch.Tensor = None  # [B, T], of the training pass; zero in dropped rows, as the next two
+    student_log_probs: torch.Tensor = None  # [B, T], of the training pass, 0 if dropped; as the next two
     student_entropy: torch.Tensor = None  # [B, T]
     weights: torch.Tensor = None  # [B, T]
 
     def lengths(self):
         """Prompt + response tokens of each row."""
         return [len(prompt.ids) + n for prompt, n in zip(self.prompts, self.mask.sum(1).tolist())]
-
 
 def train_step(run):
     """One step of FiRe-OPD. -> metrics, rollouts; None if the run was told to stop before its update."""
@@ -329,10 +329,10 @@ def train_step(run):
     clock.append(time.perf_counter())
     rollouts.keep = choose_trajectories(run.config, rollouts, run.step)  # 3. filter
     metrics = update(run, rollouts)  # 4. reweight, 5. loss, 6. update
-    clock.append(time.perf_counter())  # each phase ends in a copy to the CPU, so these are the device's times too
+    clock.append(time.perf_counter())  # each phase ends in a copy to the CPU: these times are the device's
     seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
-    return dict(step=run.step + 1) | metrics | measure(run, rollouts) | speed(run, rollouts, seconds), rollouts
-
+    metrics = dict(step=run.step + 1) | metrics | measure(run, rollouts) | speed(run, rollouts, seconds)
+    return metrics, rollouts
 
 def step_prompts(run):
     """The prompts of this step, from one permutation of all of them after the other."""
@@ -342,12 +342,11 @@ def step_prompts(run):
     order = {epoch: np.random.default_rng((config.seed, ORDER, epoch)).permutation(n) for epoch, _ in places}
     return [run.prompts[order[epoch][i]] for epoch, i in places for _ in range(config.rollouts_per_prompt)]
 
-
 def rollout(run, prompts, *key):
-    """Step 1. One response to each prompt, written by the student. -> Rollouts, or None if the run is to stop.
+    """Step 1. The student writes one response to each prompt. -> Rollouts, or None if the run is to stop.
 
     The uniforms of row i are a function of (seed, key, i) alone: not of the rank that writes it, nor of its
-    batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run, every arm of a comparison meets
+    batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run, all arms of a comparison meet
     the same randomness, and a resumed run has no generator to restore.
     """
     config = run.config
@@ -356,21 +355,21 @@ def rollout(run, prompts, *key):
     mine = range(rank(), len(prompts), world_size())
     for start in range(0, len(mine), config.rollout_batch_size):
         rows = list(mine[start:start + config.rollout_batch_size])
-        uniforms = np.stack([np.random.default_rng((config.seed, *key, i)).random(tokens.shape[1]) for i in rows])
-        tokens[rows], log_probs[rows] = run.student.sample([prompts[i].ids for i in rows],
-                                                           torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
+        uniforms = [np.random.default_rng((config.seed, *key, i)).random(tokens.shape[1]) for i in rows]
+        tokens[rows], log_probs[rows] = run.student.sample(
+            [prompts[i].ids for i in rows], torch.from_numpy(np.stack(uniforms)), run.eos_ids, run.pad_id)
     if stopping():
         return None
     share(tokens), share(log_probs)
+    width = int(response_mask(tokens, run.eos_ids).sum(1).max())
+    tokens, log_probs = tokens[:, :width], log_probs[:, :width]
     mask = response_mask(tokens, run.eos_ids)
-    width = int(mask.sum(1).max())
-    tokens, mask, log_probs = tokens[:, :width], mask[:, :width], log_probs[:, :width].masked_fill(~mask[:, :width], 0)
-    return Rollouts(prompts, tokens, mask, (is_eos(tokens, run.eos_ids) & mask).any(1), log_probs)
-
+    ended = (is_eos(tokens, run.eos_ids) & mask).any(1)
+    return Rollouts(prompts, tokens, mask, ended, log_probs.masked_fill(~mask, 0))
 
 @torch.no_grad()
 def score(run, rollouts):
-    """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; then s. -> False if the run is to stop."""
+    """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; then s. -> False if the run is to stop"""
     tables = log_probs, entropy = torch.zeros(rollouts.mask.shape), torch.zeros(rollouts.mask.shape)  # [B, T]
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
@@ -380,7 +379,6 @@ def score(run, rollouts):
     rollouts.teacher_log_probs, rollouts.teacher_entropy = share(log_probs), share(entropy)
     rollouts.scores = trajectory_scores(log_probs, rollouts.mask)
     return not stopping()
-
 
 def choose_trajectories(config, rollouts, step):
     """Step 3. keep [B]: by the teacher's likelihood, or (a control) as many at random."""
@@ -396,7 +394,6 @@ def choose_trajectories(config, rollouts, step):
         keep[mine] = filter_trajectories(scores[mine], config.filter_percentile)
     return keep
 
-
 def choose_tokens(config, weights, mask, rows, step):
     """Step 4. The soft weights [b, T] as they are, or an alternative to them with the same mean of 1."""
     if config.token_weights == "soft":
@@ -410,7 +407,6 @@ def choose_tokens(config, weights, mask, rows, step):
             order = torch.from_numpy(np.random.default_rng((config.seed, SHUFFLE, step, i)).permutation(n))
             chosen[r, :n] = weights[r, order.to(weights.device)]
     return chosen
-
 
 def update(run, rollouts):
     """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics."""
@@ -430,20 +426,20 @@ def update(run, rollouts):
             total += loss.detach().cpu()
         norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if rows and math.isfinite(norm) and math.isfinite(share(total)):  # else no update: the weights stay good
+        if rows and math.isfinite(norm) and math.isfinite(share(total)):  # else the weights stay as they are
             run.optimizer.step()
             losses.append(total.item()), norms.append(norm)
         run.optimizer.zero_grad(set_to_none=True)
     for table in (rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights):
         share(table)
-    return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=config.updates_per_rollout - len(losses))
-
+    skipped = config.updates_per_rollout - len(losses)
+    return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=skipped)
 
 def micro_batch_loss(run, rollouts, rows, count):
     """The student's one pass over these rows, their weights, and their share of the step's loss.
 
-    With one update a rollout this pass is the old policy too: its own detached log-probs make the ratio exactly
-    1 and save a pass. With more updates the old log-probs are the sampler's, and the clip is live.
+    With one update a rollout this pass is the old policy too: its own detached log-probs make the ratio
+    exactly 1 and save a pass. With more updates the old log-probs are the sampler's, and the clip is live.
     """
     config, device = run.config, run.config.device
     mask, teacher_log_probs, teacher_entropy, old_log_probs = (table[rows].to(device) for table in (
@@ -460,7 +456,6 @@ def micro_batch_loss(run, rollouts, rows, count):
         weights = weights / mask.sum(1, keepdim=True)
     return policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, count, config.clip_ratio)
 
-
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or of one row).
 
@@ -475,7 +470,6 @@ def micro_batches(rows, lengths, budget):
     cuts += [[]] * (-len(cuts) % world_size())
     return cuts[rank()::world_size()]
 
-
 def pack(rollouts, rows, device):
     """Prompt + response of each row, padded on the right. -> ids [b, L], response [b, L] bool."""
     lengths = rollouts.lengths()
@@ -488,50 +482,43 @@ def pack(rollouts, rows, device):
         response[r, len(prompt):lengths[i]] = True
     return ids.to(device), response.to(device)
 
-
 def unpack(flat, mask):
     """Values [n], row by row, back into a table [b, T] with zeros off the mask; gradients pass."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
-
 @contextlib.contextmanager
 def gradient_exchange(trained, last):
-    """Ranks exchange gradients once a mini-batch, in its last backward. Must surround forward AND backward."""
+    """Ranks exchange gradients once a mini-batch, in its last backward. It surrounds forward AND backward."""
     if isinstance(trained, FSDPModule):
         trained.set_requires_gradient_sync(last)
-    with trained.no_sync() if isinstance(trained, DistributedDataParallel) and not last else contextlib.nullcontext():
+    wait = isinstance(trained, DistributedDataParallel) and not last
+    with trained.no_sync() if wait else contextlib.nullcontext():
         yield
 
-
 def share(table):
-    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table, so the
-    sum is the whole table, to the bit: every rank then computes the same filter, weights and metrics from it."""
+    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
+    sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
     if dist.is_initialized():
         dist.all_reduce(table)
     return table
 
-
 STOP = threading.Event()  # set by SIGTERM or SIGINT, looked at between the pieces of work before an update
-
 
 def stopping():
     """Whether any rank was told to stop. Asked together, so that all ranks leave the step at one place."""
     return bool(share(torch.tensor(float(STOP.is_set()))) > 0)
 
-
 def rank():
     return int(os.environ.get("RANK", 0))
 
-
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
-
 
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-# --- Metrics and evaluation -------------------------------------------------------------------------------------
+# --- Metrics and evaluation ---------------------------------------------------------------------------------
 
 def is_correct(response, answer):
     """Whether the last \\boxed{...} is the answer; without one, the whole response or its last number."""
@@ -540,10 +527,10 @@ def is_correct(response, answer):
 
     if (start := response.rfind("\\boxed{") + 7) >= 7:
         depth = np.cumsum([(c == "{") - (c == "}") for c in response[start:]])
-        return clean(response[start:start + int((depth < 0).argmax())]) == clean(answer) if len(depth) else False
+        end = start + int((depth < 0).argmax()) if len(depth) else start  # the brace that closes the box
+        return clean(response[start:end]) == clean(answer)
     numbers = re.findall(r"-?\d[\d,]*\.?\d*", response)
     return response.strip() == answer.strip() or bool(numbers) and clean(numbers[-1]) == clean(answer)
-
 
 def measure(run, rollouts):
     """The figures of these rollouts, from the tables alone: the same on every rank. -> dict of floats."""
@@ -551,9 +538,11 @@ def measure(run, rollouts):
     scored = rollouts.scores.isfinite()  # [B]
     mask, lengths = rollouts.mask & scored[:, None], rollouts.mask.sum(1).float()  # [B, T], [B]
     log_ratio = rollouts.log_probs - rollouts.teacher_log_probs  # [B, T] k1 estimate of the reverse KL
-    tokenizer, answers = run.tokenizer, [prompt.answer for prompt in rollouts.prompts]
-    correct = torch.tensor([math.nan if answer is None else float(is_correct(tokenizer.decode(
-        rollouts.tokens[i][rollouts.mask[i]], skip_special_tokens=True), answer)) for i, answer in enumerate(answers)])
+    correct = torch.full((B,), math.nan)  # [B] where an answer is known
+    for i, prompt in enumerate(rollouts.prompts):
+        if prompt.answer is not None:
+            response = rollouts.tokens[i][rollouts.mask[i]]
+            correct[i] = is_correct(run.tokenizer.decode(response, skip_special_tokens=True), prompt.answer)
 
     def add(suffix, rows):  # the figures of some of the rows [B] bool
         figures.update({f"reverse_kl{suffix}": log_ratio[mask & rows[:, None]].mean(),
@@ -563,7 +552,8 @@ def measure(run, rollouts):
             figures[f"exact_match{suffix}"] = correct[rows].nanmean()
 
     add("", torch.ones(B, dtype=torch.bool))
-    figures |= dict(score=rollouts.scores[scored].mean(), teacher_entropy=rollouts.teacher_entropy[mask].mean())
+    figures["score"] = rollouts.scores[scored].mean()
+    figures["teacher_entropy"] = rollouts.teacher_entropy[mask].mean()
     if rollouts.keep is None:  # an evaluation
         groups = [prompt.group for prompt in rollouts.prompts]
         for group in sorted(set(groups) - {""}):
@@ -581,75 +571,76 @@ def measure(run, rollouts):
     if run.config.updates_per_rollout > 1:
         figures["clip_fraction"] = ((ratio[kept] - 1).abs() > run.config.clip_ratio).float().mean()
     for name in run.teachers if len(run.teachers) > 1 else ():
-        figures[f"keep_ratio/{name}"] = keep[torch.tensor([p.teacher == name for p in rollouts.prompts])].float().mean()
+        own = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
+        figures[f"keep_ratio/{name}"] = keep[own].float().mean()
     return {name: float(value) for name, value in figures.items()}
 
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; MFU on anything else is null
-
+def forward_flops(policy, lengths, responses):
+    """Of a dense transformer on rows of these lengths [n], its head on the response tokens [n] only."""
+    c = policy.model.config
+    h, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
+    d, kv = getattr(c, "head_dim", None) or h // heads, getattr(c, "num_key_value_heads", heads)
+    dense = layers * h * (2 * heads * d + 2 * kv * d + 3 * getattr(c, "intermediate_size", math.nan))
+    return (2 * dense * lengths.sum() + 2 * h * policy.vocab_size * responses.sum()
+            + 2 * layers * heads * d * (lengths ** 2).sum()).item()
 
 def speed(run, rollouts, seconds):
-    """Seconds of each phase, response tokens/s, peak memory, MFU: scoring is 1 forward, the update 3."""
-    cuda = run.config.device == "cuda"
+    """Seconds of each phase, response tokens/s, peak memory, MFU: scoring is one forward, an update three."""
+    cuda, keep = run.config.device == "cuda", rollouts.keep
     device = torch.cuda.get_device_name() if cuda else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), math.nan) * world_size()
     lengths, responses = torch.tensor(rollouts.lengths()).double(), rollouts.mask.sum(1)
-
-    def forward_flops(policy, rows):  # of a dense transformer, the head on the response tokens only
-        c = policy.model.config
-        h, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
-        d, kv = getattr(c, "head_dim", None) or h // heads, getattr(c, "num_key_value_heads", heads)
-        dense = layers * h * (2 * heads * d + 2 * kv * d + 3 * getattr(c, "intermediate_size", math.nan))
-        return float(2 * dense * lengths[rows].sum() + 2 * h * policy.vocab_size * responses[rows].sum()
-                     + 2 * layers * heads * d * (lengths[rows] ** 2).sum())
-
-    scored = sum(forward_flops(teacher, torch.tensor([p.teacher == name for p in rollouts.prompts]))
-                 for name, teacher in run.teachers.items())
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+    scored, trained = 0, 3 * forward_flops(run.student, lengths[keep], responses[keep])
+    for name, teacher in run.teachers.items():
+        own = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
+        scored += forward_flops(teacher, lengths[own], responses[own])
+    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss is in bytes there, in KB elsewhere
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {f"seconds_{phase}": value for phase, value in seconds.items()} | dict(
-        tokens_per_second=int(responses.sum()) / sum(seconds.values()), mfu_score=scored / seconds["score"] / peak,
-        mfu_update=3 * forward_flops(run.student, rollouts.keep) / seconds["update"] / peak,
+        tokens_per_second=int(responses.sum()) / sum(seconds.values()),
+        mfu_score=scored / seconds["score"] / peak, mfu_update=trained / seconds["update"] / peak,
         peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else host)
 
-
 def evaluate(run):
-    """Sample the held-out prompts, always from the same uniforms; print and log. -> False if the run is to stop."""
+    """Sample the held-out prompts, always from the same uniforms. -> False if the run is to stop."""
     if run.eval_prompts:
         rollouts = rollout(run, run.eval_prompts, EVALUATE)
         if rollouts is None or not score(run, rollouts):
             return False
         figures = measure(run, rollouts)
-        say(f"step {run.step}: evaluation: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+        say(f"step {run.step}: evaluation: " + ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
         log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
     return True
 
-
 def show(run, rollouts):
-    """Print some kept and some dropped rollouts: each token with the teacher's log-prob and its weight, or, on a
-    terminal, shaded by its weight."""
-    color, weights = sys.stdout.isatty() and "NO_COLOR" not in os.environ, rollouts.weights
+    """Print kept and dropped rollouts: each token with the teacher's log-prob and weight, or shaded by it."""
+    color, decode = sys.stdout.isatty() and "NO_COLOR" not in os.environ, run.tokenizer.decode
+    half = run.config.show // 2
     kept, dropped = rollouts.keep.nonzero()[:, 0].tolist(), (~rollouts.keep).nonzero()[:, 0].tolist()
-    rows = kept[:(run.config.show + 1) // 2] + dropped[:run.config.show // 2]
-    for i in rows:
-        say(f"{'kept' if rollouts.keep[i] else 'DROPPED'} rollout of step {run.step}, score {rollouts.scores[i]:.3f}, "
-            + ("the darker a token, the heavier" if color else "token(log pi_T, weight)"))
-        text = []
-        for t in range(min(int(rollouts.mask[i].sum()), 200)):
-            token = visible(run.tokenizer.decode(rollouts.tokens[i, t:t + 1]), "")
-            grade = f"({rollouts.teacher_log_probs[i, t]:.2f}, {weights[i, t]:.2f}) "
-            shade = 255 - int(min(float(weights[i, t]) / 2, 1) * 12)
-            text.append(f"\x1b[48;5;{shade};38;5;16m{token}\x1b[0m" if color else token + grade)
-        prompt = visible(run.tokenizer.decode(rollouts.prompts[i].ids)[-80:], "")
+    for i in kept[:run.config.show - half] + dropped[:half]:
+        n = min(int(rollouts.mask[i].sum()), 200)
+        tokens = [visible(decode(token), "") for token in rollouts.tokens[i, :n, None]]
+        weights, grades = rollouts.weights[i, :n].tolist(), rollouts.teacher_log_probs[i, :n].tolist()
+        if color:  # a grey background, the darker the heavier
+            shades = [255 - int(min(weight, 2) * 6) for weight in weights]
+            text = "".join(f"\x1b[48;5;{c};38;5;16m{t}\x1b[0m" for t, c in zip(tokens, shades))
+        else:
+            text = "".join(f"{t}({g:.2f}, {w:.2f}) " for t, g, w in zip(tokens, grades, weights))
+        verdict, legend = "kept" if rollouts.keep[i] else "DROPPED", "shaded by weight" if color else \
+            "token(log pi_T, weight)"
+        say(f"{verdict} in step {run.step}, score {rollouts.scores[i]:.3f}, {legend}:")
         if rank() == 0:
-            tqdm.write(f"    {prompt} -> {''.join(text)}")
+            tqdm.write(f"    {visible(decode(rollouts.prompts[i].ids)[-80:], '')} -> {text}")
 
 
-# --- Settings: each is named, typed and bounded once; flags, JSON keys, --help and errors follow ----------------
+# --- Settings: each is named, typed and bounded once; flags, JSON keys, --help and errors follow ------------
 
 def setting(default, group, text, low=None, high=None, above=None, choices=None):
-    """A field of Config. low and high are inclusive bounds, above an exclusive one."""
-    return field(default=default, metadata=dict(group=group, text=text, low=low, high=high, above=above, choices=choices))
-
+    """A field of Config. low and high are inclusive bounds, above is an exclusive one."""
+    return field(default=default, metadata=dict(group=group, text=text, low=low, high=high, above=above,
+                                                choices=choices))
 
 @dataclass
 class Config:
@@ -659,40 +650,40 @@ class Config:
     steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", low=0)
     seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", low=0)
     device: str = setting("auto", "run", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "run", "compute type; parameters are float32 in any case [bfloat16 on cuda]",
+    dtype: str = setting("auto", "run", "of the computation; parameters are float32 [auto: bfloat16 on cuda]",
                          choices=("auto", "float32", "bfloat16"))
-    teacher: str = setting("", "models", "checkpoint folder or hub name; of several, each as NAME=PATH")
+    teacher: str = setting("", "models", "checkpoint folder or hub name; of several each as NAME=PATH")
     student: str = setting("", "models", "checkpoint folder or hub name")
     trust_remote_code: bool = setting(False, "models", "run model code that a checkpoint brings along")
-    shard: bool = setting(False, "models", "shard student, optimizer and teachers over the ranks (FSDP2, not DDP)")
+    shard: bool = setting(False, "models", "FSDP2 instead of DDP: shard student, optimizer, teachers")
     gradient_checkpointing: bool = setting(False, "models", "recompute activations: less memory, more time")
     prompts: str = setting("", "data", "JSON Lines: prompt or problem; optional answer, teacher, group")
     eval_prompts: str = setting("", "data", "held-out prompts in the same format")
-    chat_template: str = setting("auto", "data", "auto: the tokenizer's, if it has one", choices=("auto", "none"))
+    chat_template: str = setting("auto", "data", "auto: the tokenizer's, if any", choices=("auto", "none"))
     enable_thinking: bool = setting(False, "data", "passed on to the chat template")
     max_prompt_tokens: int = setting(1024, "data", "longer prompts are dropped", low=1)
     batch_size: int = setting(64, "rollout", "rollouts a step, over all ranks", low=1)
     rollouts_per_prompt: int = setting(1, "rollout", "rollouts of each prompt in a step", low=1)
     max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", low=1)
-    temperature: float = setting(1.0, "rollout", "of student and teacher, in sampling and scoring", above=0)
+    temperature: float = setting(1.0, "rollout", "of student and teacher, sampling and scoring", above=0)
     rollout_batch_size: int = setting(64, "rollout", "rows generated at once on a rank", low=1)
     filter_percentile: float = setting(20.0, "method", "share of trajectories to drop, in %", low=0, high=100)
-    filter_by: str = setting("likelihood", "method", "the teacher's likelihood, or random (a control)",
+    filter_by: str = setting("likelihood", "method", "likelihood (the teacher's), or random: a control",
                              choices=("likelihood", "random"))
-    filter_scope: str = setting("step", "method", "one quantile over the step, or one for each teacher's rows",
+    filter_scope: str = setting("step", "method", "one quantile over the step, or one per teacher",
                                 choices=("step", "teacher"))
-    alpha: float = setting(1.0, "method", "strength of the teacher's confidence in the weights", low=0)
-    beta: float = setting(1.0, "method", "strength of the student's confusion in the weights", low=0)
-    token_weights: str = setting("soft", "method", "soft; hard: the top half by the same weight; shuffled (a control)",
+    alpha: float = setting(1.0, "method", "strength of teacher confidence in the weights", low=0)
+    beta: float = setting(1.0, "method", "strength of student confusion in the weights", low=0)
+    token_weights: str = setting("soft", "method", "soft, hard: the heaviest half, shuffled: a control",
                                  choices=("soft", "hard", "shuffled"))
-    loss_agg: str = setting("token-mean", "method", "mean over kept tokens, or over trajectories of their means",
+    loss_agg: str = setting("token-mean", "method", "mean over tokens, or over trajectories of theirs",
                             choices=("token-mean", "seq-mean"))
     clip_ratio: float = setting(0.2, "method", "eps of the clipped objective", above=0, high=1)
     updates_per_rollout: int = setting(1, "method", "mini-batches a step, with one AdamW update each", low=1)
     lr: float = setting(1e-6, "optimizer", "constant learning rate of AdamW (betas 0.9 and 0.999)", above=0)
     weight_decay: float = setting(0.01, "optimizer", "decoupled weight decay", low=0)
     max_grad_norm: float = setting(1.0, "optimizer", "the gradient is clipped to this norm", above=0)
-    micro_batch_tokens: int = setting(8192, "optimizer", "tokens in one forward pass of scoring and update", low=1)
+    micro_batch_tokens: int = setting(8192, "optimizer", "tokens in a forward pass, not of rollouts", low=1)
     eval_every: int = setting(0, "watch", "steps between evaluations [0: before and after]", low=0)
     eval_samples: int = setting(256, "watch", "held-out prompts in an evaluation", low=1)
     save_every: int = setting(0, "watch", "steps between checkpoints [0: at the end]", low=0)
@@ -700,19 +691,17 @@ class Config:
     show: int = setting(2, "watch", "rollouts to print after the first and the last step", low=0)
     compare: bool = setting(False, "compare", "train every arm (OPD, FiRe-OPD, controls) and print the table")
     seeds: int = setting(5, "compare", "seeds to compare over, from --seed on", low=1)
-    regime: str = setting("foreign", "compare", "the tiny task, one of tiny_config.json's")
+    arms: str = setting("", "compare", "some of the arms only, separated by commas [all]")
+    regime: str = setting("foreign", "compare", "which tiny task of tiny_config.json")
     tiny: dict = setting(None, "compare", "(JSON only) how the tiny pair is made")
 
-
 SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
-# A resumed run may differ in these. The two batch sizes change the last bits of floats, device more than that.
-MAY_DIFFER = ("output_dir", "steps", "device", "eval_every", "save_every", "keep", "show", "rollout_batch_size",
-              "micro_batch_tokens")
-
+# A resumed run may differ in these. The two batch sizes change the last bits of floats, the device more.
+MAY_DIFFER = ("output_dir", "steps", "device", "eval_every", "save_every", "keep", "show",
+              "rollout_batch_size", "micro_batch_tokens")
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
-
 
 @contextlib.contextmanager
 def explain(what, advice):
@@ -722,106 +711,105 @@ def explain(what, advice):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {advice}") from error
-
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{what}: {type(error).__name__}: {reason}; {advice}") from error
 
 def nearest(name):
     return difflib.get_close_matches(name, SETTINGS, 1, cutoff=0)[0]
 
-
 def checked(name, value, where):
-    """The value of a setting in its type and within its bounds, from JSON or from a command line; else UserError."""
+    """The value of a setting, from JSON or a command line, in its type and bounds; else a UserError."""
     if name not in SETTINGS:
         raise UserError(f"{where}: unknown setting {name!r}; the nearest known one is {nearest(name)!r}")
     kind, m = SETTINGS[name].type, SETTINGS[name].metadata
-    bounds = [(m["low"], ">=", lambda v, b: v >= b), (m["above"], ">", lambda v, b: v > b),
-              (m["high"], "<=", lambda v, b: v <= b), (m["choices"], "one of", lambda v, b: v in b)]
-    bounds = [bound for bound in bounds if bound[0] is not None]
+    tests = {"low": (">=", lambda v, b: v >= b), "above": (">", lambda v, b: v > b),
+             "high": ("<=", lambda v, b: v <= b), "choices": ("one of", lambda v, b: v in b)}
+    bounds = [(*tests[key], m[key]) for key in tests if m[key] is not None]
     with contextlib.suppress(ValueError, OverflowError):
-        typed = kind(value) if kind in (int, float) and isinstance(value, str) or kind is float and type(value) is int \
-            else value
-        if type(typed) is kind and typed not in (math.inf, -math.inf) and typed == typed \
-                and all(holds(typed, b) for b, _, holds in bounds):
+        from_text = kind in (int, float) and isinstance(value, str)
+        typed = kind(value) if from_text or kind is float and type(value) is int else value
+        if type(typed) is kind and not (kind is float and not math.isfinite(typed)) \
+                and all(holds(typed, bound) for _, holds, bound in bounds):
             return typed
-    wanted = " and ".join([kind.__name__] + [f"{sign} {b}" for b, sign, _ in bounds])
+    wanted = " and ".join([kind.__name__] + [f"{sign} {bound}" for sign, _, bound in bounds])
     raise UserError(f"{where}: {name} must be {wanted}, got {repr(value)[:80]}")
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"command line: {message}; see --help")
 
-
-def parse_config(argv):
-    """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
+def read_flags(argv):
+    """The settings that the command line names, as it gives them."""
     parser, groups = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
                             argument_default=argparse.SUPPRESS), {}
     for name, f in SETTINGS.items():
-        group, flag = f.metadata["group"], "--" + name.replace("_", "-")
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        text = (f.metadata["text"] + ("" if f.default in ("", None, False) else f" [{f.default}]")).replace("%", "%%")
-        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(metavar=f.type.__name__.upper())
-        if f.type is not dict:
-            groups[group].add_argument(flag, help=text, **kind, **(dict(action="append") if name == "teacher" else {}))
+        group = f.metadata["group"]
+        group = groups[group] = groups.get(group) or parser.add_argument_group(group)
+        text = f.metadata["text"] + ("" if f.default in ("", None, False) else f" [{f.default}]")
+        kind = dict(metavar=f.type.__name__.upper())
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)
+        if name == "teacher":
+            kind["action"] = "append"
+        if name != "tiny":
+            group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
     flags, unknown = parser.parse_known_args(argv)
-    flags = vars(flags)
     if unknown:
         near = nearest(unknown[0].lstrip("-").replace("-", "_")).replace("_", "-")
         raise UserError(f"command line: unknown argument {unknown[0]!r}; the nearest known one is --{near}")
-    flags |= {"teacher": ",".join(flags["teacher"])} if "teacher" in flags else {}
+    return {name: ",".join(value) if name == "teacher" else value for name, value in vars(flags).items()}
+
+def parse_config(argv):
+    """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
+    flags = {name: checked(name, value, "command line") for name, value in read_flags(argv).items()}
     path, values = flags.get("config", ""), {}
     if not path and not flags.keys() & {"teacher", "student", "prompts"}:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
     if path:
-        with explain(f"config {path}", "it must be a JSON object of settings"):
+        with explain(f"config {path}", "it must be a JSON object of settings, tiny as in tiny_config.json"):
             with open(path, encoding="utf-8") as file:
                 values = {name: checked(name, value, path) for name, value in json.load(file).items()}
-    flags = {name: checked(name, value, "command line") for name, value in flags.items()}
-    if tiny := values.get("tiny"):
-        with explain(f"config {path}", "tiny.regimes must hold the tiny tasks by name"):
-            regime = (values | flags).get("regime", Config.regime)
-            if regime not in tiny["regimes"]:
-                raise UserError(f"command line: no regime {regime!r}; {path} has {', '.join(tiny['regimes'])}")
-            values |= {name: checked(name, value, path) for name, value in tiny["regimes"][regime]["settings"].items()}
+            if tiny := values.get("tiny"):  # a regime's own settings win over the file's
+                regime = (values | flags).get("regime", Config.regime)
+                if regime not in tiny["regimes"]:
+                    raise UserError(f"no regime {regime!r}; {path} has {', '.join(tiny['regimes'])}")
+                own = tiny["regimes"][regime]["settings"]
+                values |= {name: checked(name, value, path) for name, value in own.items()}
     config = Config(**values | flags)
     missing = [f"--{name}" for name in ("teacher", "student", "prompts") if not getattr(config, name)]
     if missing and not (config.tiny and len(missing) == 3):
-        raise UserError(f"command line: --teacher, --student and --prompts go together; add {', '.join(missing)}")
+        raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % world_size():
         raise UserError(f"batch_size {config.batch_size} must be a multiple of rollouts_per_prompt "
                         f"({config.rollouts_per_prompt}) and of the number of ranks ({world_size()})")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("command line: --device cuda, but torch finds no GPU; use --device cpu")
     if config.resume and not config.output_dir:
         raise UserError("command line: --resume needs --output-dir, the folder of the run to continue")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("command line: --device cuda, but torch finds no GPU; use --device cpu")
     if config.device == "auto":
         config.device = "cuda" if torch.cuda.is_available() else "cpu"
     if config.dtype == "auto":
         config.dtype = "bfloat16" if config.device == "cuda" else "float32"
     return config
 
-
 def visible(text, newline="\n"):
     """Control characters spelled out: no prompt or rollout can move the terminal's cursor."""
     return "".join(c if c.isprintable() or c == newline else repr(c)[1:-1] for c in text)
-
 
 def say(text):
     if rank() == 0:
         tqdm.write(visible(text))
         sys.stdout.flush()
 
-
-def note(text, follows=""):
+def note(text, follows=None):
     """A line of the preflight report: ok, or a warning with what follows from it."""
     say(f"warning  {text}: {follows}" if follows else f"     ok  {text}")
-
 
 def progress(total, label):
     return tqdm(total=total, desc=label, disable=rank() != 0 or not sys.stderr.isatty(), leave=False)
 
 
-# --- Prompts and models -----------------------------------------------------------------------------------------
+# --- Prompts and models -------------------------------------------------------------------------------------
 
 @dataclass
 class Prompt:
@@ -829,7 +817,6 @@ class Prompt:
     answer: str  # None if unknown
     teacher: str  # the name of the teacher that grades it
     group: str  # evaluation figures are also given per group
-
 
 def read_jsonl(path):
     """(line number, object) of each line that is not blank; every fault names its line."""
@@ -842,12 +829,11 @@ def read_jsonl(path):
                     raise UserError(f"{path} line {number}: not a JSON object; write {{\"prompt\": \"...\"}}")
                 yield number, row
 
-
 def tokenize(prompt, tokenizer, config):
-    """A string or a list of messages -> token ids, through the chat template if there is one and it is wanted."""
+    """A string or a list of messages -> token ids, through the chat template if there is one and wanted."""
     if config.chat_template == "none" or not tokenizer.chat_template:
         if isinstance(prompt, list):
-            raise UserError("a list of messages needs a tokenizer with a chat template and --chat-template auto")
+            raise UserError("a list of messages needs a chat template; use --chat-template auto or a string")
         return tokenizer(prompt, verbose=False)["input_ids"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set: its reply is not for us
@@ -857,7 +843,6 @@ def tokenize(prompt, tokenizer, config):
     # The rendered text holds its special tokens already: adding more would double the BOS.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-
 def load_prompts(path, tokenizer, config, teachers):
     """-> list of Prompt; those longer than max_prompt_tokens are counted and dropped."""
     prompts, longer = [], []
@@ -865,14 +850,14 @@ def load_prompts(path, tokenizer, config, teachers):
         where = f"{path} line {number}"
         prompt = next((row[key] for key in ("prompt", "problem", "messages") if row.get(key)), None)
         if not isinstance(prompt, (str, list)):
-            raise UserError(f"{where}: no prompt; give 'prompt' (a string or a list of messages) or 'problem'")
+            raise UserError(f"{where}: no prompt; give 'prompt' (a string or messages) or 'problem'")
         for key in ("answer", "teacher", "group"):
             if not isinstance(row.get(key), (str, type(None))):
-                raise UserError(f"{where}: {key!r} must be a string, got {str(row[key])[:60]!r}; put it in quotes")
+                raise UserError(f"{where}: {key!r} must be a string, got {str(row[key])[:60]!r}; quote it")
         teacher = row.get("teacher") or (teachers[0] if len(teachers) == 1 else None)
         if teacher not in teachers:
-            raise UserError(f"{where}: teacher {teacher!r} is not one of {', '.join(teachers)}; mend the row or add "
-                            f"--teacher NAME=PATH")
+            raise UserError(f"{where}: teacher {teacher!r} is not one of {', '.join(teachers)}; mend the row "
+                            f"or add --teacher NAME=PATH")
         with explain(where, "this prompt cannot be rendered and tokenized; mend it or the chat template"):
             ids = list(tokenize(prompt, tokenizer, config))
         if not ids:
@@ -880,17 +865,16 @@ def load_prompts(path, tokenizer, config, teachers):
         (prompts if len(ids) <= config.max_prompt_tokens else longer).append(
             Prompt(ids, row.get("answer"), teacher, row.get("group") or ""))
     if not prompts:
-        raise UserError(f"{path}: no prompt in it" if not longer else f"{path}: all {len(longer)} prompts are longer "
-                        f"than --max-prompt-tokens {config.max_prompt_tokens}; raise it")
+        raise UserError(f"{path}: all {len(longer)} prompts are longer than --max-prompt-tokens "
+                        f"{config.max_prompt_tokens}; raise it" if longer else f"{path}: no prompt in it")
     lengths, counts = [len(prompt.ids) for prompt in prompts], Counter(prompt.teacher for prompt in prompts)
     note(f"{path}: {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, "
          + ", ".join(f"{count} for teacher {name}" for name, count in counts.items()),
          longer and f"{len(longer)} more are longer than {config.max_prompt_tokens} tokens and dropped")
     return prompts
 
-
 def teacher_paths(config):
-    """{"math": PATH, "code": PATH} of --teacher math=PATH --teacher code=PATH; one bare PATH is {"teacher": PATH}."""
+    """--teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}; a bare PATH is "teacher"."""
     named = {}
     for entry in config.teacher.split(","):
         name, equals, path = entry.partition("=")
@@ -901,39 +885,53 @@ def teacher_paths(config):
         named[name] = path
     return named
 
-
 def fetch(name, what):
     """The local folder of a checkpoint: itself, or the snapshot of a hub name (never its pickled weights)."""
     if os.path.isdir(name):
         return name
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{what} {name}: no such folder; give a checkpoint folder or a hub name like Qwen/Qwen3-0.6B")
+        raise UserError(f"{what} {name}: no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B")
     host = re.sub(r"^\w+://|[/:].*$", "", re.sub(r"^\w+://", "", huggingface_hub.constants.ENDPOINT))
     try:  # asked first: the hub's client retries for most of a minute before it says that there is no network
         socket.create_connection((host, 443), 5).close()
         offline = ""
     except OSError:
         offline = f", {host} cannot be reached and the local cache lacks it"
-    with explain(f"{what} {name}", f"there is no folder of this name{offline}; check the name and the network"):
+    with explain(f"{what} {name}", f"no folder of this name{offline}; check the name and the network"):
+        pickles_and_others = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]
         return huggingface_hub.snapshot_download(name, local_files_only=bool(offline),
-                                                 ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
+                                                 ignore_patterns=pickles_and_others)
 
+def load_tokenizer(folder, config):
+    with explain(f"tokenizer of {folder}", "give a complete checkpoint folder, tokenizer included"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                             trust_remote_code=config.trust_remote_code)
+
+def load_model(folder, dtype, vocab_size, config):
+    with explain(f"model of {folder}", "give a complete safetensors checkpoint of a causal LM"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, trust_remote_code=config.trust_remote_code)
+        if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
+        if (rows := len(model.get_output_embeddings().weight)) < vocab_size:
+            raise ValueError(f"{rows} output rows for {vocab_size} tokens")
+        return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
 
 def shared_vocabulary(student, teacher, name):
-    """How many ids both tokenizers know, compared id by id. The widths of the embeddings prove nothing: they are
-    padded, differently from size to size, and two of one width can hold different tokens."""
+    """How many ids both tokenizers know, compared id by id. The widths of the embeddings prove nothing: they
+    are padded, differently from size to size, and two of one width can hold different tokens."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()  # token -> id
     ids = set(theirs.values())
     wrong = sorted((i, token) for token, i in ours.items() - theirs.items() if token in theirs or i in ids)
     if wrong:
-        pairs = " and ".join(f"{token!r} (student {i}, teacher {theirs.get(token)})" for i, token in wrong[:2])
-        raise UserError(f"teacher {name}: {len(wrong)} of the student's {len(ours)} tokens do not agree with its "
-                        f"vocabulary, such as {pairs}; choose a pair that shares one vocabulary")
+        pairs = " and ".join(f"{t!r} (student {i}, teacher {theirs.get(t)})" for i, t in wrong[:2])
+        raise UserError(f"teacher {name}: {len(wrong)} of the student's {len(ours)} tokens do not agree with "
+                        f"its vocabulary, such as {pairs}; choose a pair that shares one")
     common = 1 + max((i for _, i in ours.items() & theirs.items()), default=-1)
     note(f"vocabulary: student {len(ours)} ids, teacher {name} {len(theirs)}",
          "" if len(ours) == len(theirs) else f"only the first {common} are sampled and graded")
     return common
-
 
 def end_ids(model, tokenizer, config, vocab_size):
     """Every id that ends a response: the checkpoint's own and the chat template's end of turn, which a Base
@@ -946,124 +944,108 @@ def end_ids(model, tokenizer, config, vocab_size):
         with contextlib.suppress(Exception):  # a template that renders no replies has no end of turn to offer
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
             tail = tokenizer.apply_chat_template(turns, tokenize=False).split("@reply@")[-1]
-            ids |= set(tokenizer(tail, add_special_tokens=False)["input_ids"][:1]) & set(tokenizer.all_special_ids)
+            first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+            ids |= set(first) & set(tokenizer.all_special_ids)
     return {i for i in ids if i < vocab_size}
 
-
 def load(config):
-    """Check everything cheap, then load everything slow, and say so line by line. -> Run"""
+    """Check everything cheap, then load everything slow, and report it line by line. -> Run"""
     folders = {name: fetch(path, f"teacher {name}") for name, path in teacher_paths(config).items()}
-    student_folder, local = fetch(config.student, "student"), dict(local_files_only=True,
-                                                                  trust_remote_code=config.trust_remote_code)
-
-    def load_tokenizer(folder):
-        with explain(f"tokenizer of {folder}", "give a complete checkpoint folder, tokenizer included"):
-            return AutoTokenizer.from_pretrained(folder, **local)
-
-    def load_model(folder, dtype):
-        with explain(f"model of {folder}", "give a complete safetensors checkpoint of a causal LM"):
-            model, info = AutoModelForCausalLM.from_pretrained(  # mismatches: refused below, by name
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **local)
-            if broken := sorted(map(str, info["missing_keys"])) + sorted(map(str, info["mismatched_keys"])):
-                raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
-            if (width := len(model.get_output_embeddings().weight)) < vocab_size:
-                raise ValueError(f"{width} output rows for {vocab_size} tokens")
-        return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
-
-    tokenizer, tokenizers = load_tokenizer(student_folder), {name: load_tokenizer(f) for name, f in folders.items()}
-    vocab_size = min(shared_vocabulary(tokenizer, theirs, name) for name, theirs in tokenizers.items())
+    student_folder = fetch(config.student, "student")
+    tokenizer = load_tokenizer(student_folder, config)
+    theirs = {name: load_tokenizer(folder, config) for name, folder in folders.items()}
+    vocab_size = min(shared_vocabulary(tokenizer, other, name) for name, other in theirs.items())
     run = Run(config, tokenizer, load_prompts(config.prompts, tokenizer, config, list(folders)), [])
     if config.eval_prompts:
-        run.eval_prompts = load_prompts(config.eval_prompts, tokenizer, config, list(folders))[:config.eval_samples]
+        held_out = load_prompts(config.eval_prompts, tokenizer, config, list(folders))
+        run.eval_prompts = held_out[:config.eval_samples]
         if len(run.eval_prompts) < world_size():
             raise UserError(f"{config.eval_prompts}: fewer prompts than the {world_size()} ranks; add some")
     else:
         note("no --eval-prompts", "nothing held out is evaluated")
     note(f"first prompt, {len(run.prompts[0].ids)} tokens: {tokenizer.decode(run.prompts[0].ids)!r}")
-    for name, theirs in tokenizers.items():
-        if theirs.chat_template != tokenizer.chat_template and config.chat_template == "auto":
-            note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
     open_output(config)
 
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
-    model = load_model(newest_checkpoint(config)[0] if config.resume else student_folder, torch.float32)
-    run.eos_ids, own = end_ids(model, tokenizer, config, vocab_size), model.generation_config
+    student_folder = newest_checkpoint(config)[0] if config.resume else student_folder
+    model = load_model(student_folder, torch.float32, vocab_size, config)
+    run.student, run.generation_config = Policy(model, vocab_size, config), model.generation_config
+    run.eos_ids = end_ids(model, tokenizer, config, vocab_size)
     run.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
-    ignored = {key: value for key, value in own.to_diff_dict().items() if value is not None
-               and not key.endswith("token_id") and not key.startswith(("transformers", "use_cache", "output_", "_"))}
-    note(f"sampling is softmax(logits / {config.temperature}), nothing else; of the student's generation config "
-         f"ignored: {ignored or 'nothing'}")
-    # Replaced, not overridden: what a passed config leaves unset is filled from the checkpoint's (top_k 20, ...).
-    run.generation_config, model.generation_config = own, GenerationConfig(
-        do_sample=False, eos_token_id=sorted(run.eos_ids) or None, pad_token_id=run.pad_id)
-    run.student = Policy(model, vocab_size, config)
+    # Replaced, not overridden: what a passed config leaves unset is filled from the checkpoint's (top_k 20).
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(run.eos_ids) or None,
+                                               pad_token_id=run.pad_id)
+    ignored = {key: value for key, value in run.generation_config.to_diff_dict().items() if value is not None
+               and not re.search("token_id$|^(transformers|use_cache|output_|_)", key)}
+    note(f"sampling is softmax(logits / {config.temperature}) and nothing else; ignored of the student's "
+         f"generation config: {ignored or 'nothing'}")
+    if not run.eos_ids:
+        note("the student has no end of sequence", "every response will be --max-new-tokens long")
     for name, folder in folders.items():
         for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
             if turn == rank():
-                teacher = load_model(folder, torch.float32 if config.dtype == "float32" else "auto")
+                dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
+                teacher = load_model(folder, dtype, vocab_size, config).requires_grad_(False)
             share(torch.zeros(1))
-        theirs = end_ids(teacher, tokenizers[name], config, vocab_size)
-        note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(theirs)}", "" if theirs ==
-             run.eos_ids else "rollouts end at the student's only; a teacher that ends elsewhere changes their length")
-        run.teachers[name] = Policy(teacher.requires_grad_(False), vocab_size, config)
-    if not run.eos_ids:
-        note("the student has no end of sequence", "every response will be --max-new-tokens long")
+        run.teachers[name] = Policy(teacher, vocab_size, config)
+        ends = end_ids(teacher, theirs[name], config, vocab_size)
+        note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
+             ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
+        if theirs[name].chat_template != tokenizer.chat_template and config.chat_template == "auto":
+            note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
     self_test(run)
     report_memory(run)
     wrap(run)
     return run
 
-
 def self_test(run):
-    """The student grading its own rollout must find what a plain forward finds, and no divergence from itself."""
+    """The student grading its own rollout must find what a plain forward finds: no divergence from itself."""
     config, policy, prompt = run.config, run.student, run.prompts[0].ids
-    uniforms = torch.from_numpy(np.random.default_rng((config.seed, EVALUATE)).random((1, min(16, config.max_new_tokens))))
-    tokens, sampled = policy.sample([prompt], uniforms, run.eos_ids, run.pad_id)
+    uniforms = np.random.default_rng((config.seed, EVALUATE)).random((1, min(16, config.max_new_tokens)))
+    tokens, sampled = policy.sample([prompt], torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
     n = int(response_mask(tokens, run.eos_ids).sum())
     ids = torch.tensor([prompt + tokens[0, :n].tolist()], device=config.device)  # [1, L]
     with torch.no_grad(), policy.autocast():
         scored = policy(ids, torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt))[0]  # [n]
-        logits = upcast(policy.model(ids).logits[0, len(prompt) - 1:-1, :policy.vocab_size]) / config.temperature
-    plain = logits.log_softmax(1).gather(1, ids[0, len(prompt):, None])[:, 0]  # [n]
+        logits = upcast(policy.model(ids).logits[0, len(prompt) - 1:-1, :policy.vocab_size])  # [n, V]
+    plain = (logits / config.temperature).log_softmax(1).gather(1, ids[0, len(prompt):, None])[:, 0]  # [n]
     gap, own = (scored - plain).abs().max().item(), (sampled[0, :n].to(scored) - scored).mean().item()
     limit = 0.25 if config.dtype == "bfloat16" else 1e-3
     if not max(gap, abs(own)) < limit:
-        raise UserError(f"self-test: log-probs differ by {gap:.2g} from a plain forward and by {own:.2g} from the "
-                        f"sampler's, {limit} allowed: a model that scales or caps its logits is not supported")
+        raise UserError(f"self-test: log-probs are {gap:.2g} off a plain forward's and {own:.2g} off the "
+                        f"sampler's; a model that scales or caps its logits is not supported")
     note(f"self-test on {n} sampled tokens: reverse KL to itself {own:.1e}, gap to a plain forward {gap:.1e}")
 
-
 def report_memory(run):
-    """What must be there before the first activation, per rank, against what there is."""
+    """What a rank needs before its first activation, against what it has."""
     config, shards = run.config, world_size() if run.config.shard else 1
-    count = sum(p.numel() for p in run.student.parameters())
-    gb = 16 * count / shards + sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards
-    if config.shard:
-        gb += 4 * count  # the whole student, from rollout to backward
-    there = torch.cuda.mem_get_info()[1] if config.device == "cuda" else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()
-    note(f"student {count / 1e6:.1f} M parameters in float32 on {config.device}, compute {config.dtype}, teachers "
-         + ", ".join(f"{name} {sum(p.numel() for p in t.parameters()) / 1e6:.1f} M in {t.model.dtype}".replace("torch.", "")
-                     for name, t in run.teachers.items())
-         + f"; weights, gradients and AdamW: {gb / 2**30:.2f} of {there / 2**30:.0f} GB a rank, activations on top",
-         gb > there and "this will not fit; more ranks with --shard, or smaller models")
-
+    size = lambda policy: sum(p.numel() for p in policy.parameters())
+    # Weights, gradients and two moments in float32; a sharded student is whole from rollout to backward.
+    gb = (size(run.student) * (16 / shards + 4 * config.shard)
+          + sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards) / 2 ** 30
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()
+    there = (torch.cuda.mem_get_info()[1] if config.device == "cuda" else host) / 2 ** 30
+    note(f"parameters: student {size(run.student) / 1e6:.1f} M, " + ", ".join(
+         f"{name} {size(t) / 1e6:.1f} M in {str(t.model.dtype)[6:]}" for name, t in run.teachers.items())
+         + f"; compute {config.dtype} on {config.device}; {gb:.2f} of {there:.0f} GB before activations",
+         gb > there and "this will not fit; use more ranks with --shard, or smaller models")
 
 def wrap(run):
     """The student as the ranks train it, and its optimizer."""
     config, run.trained = run.config, run.student
-    if config.gradient_checkpointing:  # renamed in transformers 5.22, where the older name warns
-        model = run.student.model
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if config.gradient_checkpointing:  # torch's: that of transformers needs training mode, and so dropout
+        for layer in run.student.layers():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     if config.shard and world_size() > 1:
-        # The student stays whole from its first sampled token to the backward pass: gathering it for every token
-        # would cost far more than the memory is worth. Teachers are gathered layer by layer, each time.
-        for policy, whole in [(run.student, True)] + [(teacher, False) for teacher in run.teachers.values()]:
-            options = dict(mesh=init_device_mesh(config.device, (world_size(),)), reshard_after_forward=not whole)
-            if whole and config.dtype == "bfloat16":
+        # The student stays whole from its first sampled token to the backward pass: gathering it for every
+        # token would cost far more than the memory is worth. Teachers are gathered layer by layer.
+        mesh = init_device_mesh(config.device, (world_size(),))
+        for policy in [run.student, *run.teachers.values()]:
+            options = dict(mesh=mesh, reshard_after_forward=policy is not run.student)
+            if policy is run.student and config.dtype == "bfloat16":
                 options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-            for module in [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or ())]:
-                fully_shard(module, **options)
+            for layer in policy.layers():
+                fully_shard(layer, **options)
             fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
         register_fsdp_forward_method(run.student, "sample")
     elif world_size() > 1:
@@ -1072,38 +1054,34 @@ def wrap(run):
                                       weight_decay=config.weight_decay)
 
 
-# --- Checkpoints and the log --------------------------------------------------------------------------------------
+# --- Checkpoints and the log --------------------------------------------------------------------------------
 
 def open_output(config):
-    """Make the output folder, or find the run to continue in it. Nothing that is there is ever overwritten."""
+    """Make the output folder, or find the run to continue in it. Nothing in it is ever overwritten."""
     if config.resume:
         newest_checkpoint(config)
     elif rank() == 0 and config.steps:
         with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
             os.makedirs(config.output_dir, exist_ok=True)
             if os.path.exists(os.path.join(config.output_dir, "metrics.jsonl")):
-                raise UserError(f"output folder {config.output_dir} holds a run already; continue it with --resume or "
-                                f"choose another --output-dir")
+                raise UserError(f"output folder {config.output_dir} holds a run already; continue it with "
+                                f"--resume or choose another --output-dir")
             write_json(os.path.join(config.output_dir, "config.json"), settings_of(config))
             open(os.path.join(config.output_dir, "metrics.jsonl"), "w").close()
     share(torch.zeros(1))
-
 
 def settings_of(config):
     return {name: value for name, value in dataclasses.asdict(config).items()
             if name not in ("config", "resume", "compare", "tiny")}
 
-
 def write_json(path, value):
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
-
 
 def checkpoints(folder):
     """Complete checkpoints, oldest first: only a complete one ever gets its name."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if re.fullmatch(r"checkpoint-\d{6}", name)]
-
 
 def newest_checkpoint(config):
     """The checkpoint that --resume continues, and its state; a UserError if its settings were others."""
@@ -1121,16 +1099,14 @@ def newest_checkpoint(config):
                         f"{', '.join(MAY_DIFFER)} may differ")
     return found[-1], state
 
-
 def prompts_digest(run):
-    return hashlib.sha256(json.dumps([(prompt.ids, prompt.teacher) for prompt in run.prompts]).encode()).hexdigest()
-
+    content = json.dumps([(prompt.ids, prompt.teacher) for prompt in run.prompts])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of plain, DDP and sharded models alike
 
-
 def save_checkpoint(run):
-    """The student (an ordinary checkpoint folder), its optimizer and the step, written under a temporary name that
+    """The student (an ordinary checkpoint folder), its optimizer and the step, under a temporary name that
     becomes the real one when all of it is on the disk: a kill at any moment leaves no half a checkpoint.
 
     There is no random state in it and no data position: both are functions of the seed and the step.
@@ -1138,15 +1114,16 @@ def save_checkpoint(run):
     config, net = run.config, run.student.model
     folder = os.path.join(config.output_dir, f"checkpoint-{run.step:06d}")
     weights = get_model_state_dict(run.trained, options=STATE)  # collective: rank 0 gets the shards of all
-    # Before its first update the optimizer has no state, and asking for it would make one that has counted a step.
-    moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE) if run.optimizer.state else {}
+    moments = {}  # before its first update; asking for them then would make some that have counted a step
+    if run.optimizer.state:
+        moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if rank() == 0 and not os.path.exists(folder):
         with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"):
             partial = os.path.join(config.output_dir, "partial")
             shutil.rmtree(partial, ignore_errors=True)
-            tied = dict(net.named_parameters(remove_duplicate=False)).keys() - dict(net.named_parameters()).keys()
+            untied = dict(net.named_parameters()).keys() | dict(net.named_buffers()).keys()
             weights = {name.removeprefix("model."): value for name, value in weights.items()}
-            net.save_pretrained(partial, state_dict={k: v for k, v in weights.items() if k not in tied})
+            net.save_pretrained(partial, state_dict={k: v for k, v in weights.items() if k in untied})
             run.generation_config.save_pretrained(partial)
             run.tokenizer.save_pretrained(partial)
             save_file({f"{name}.{key}": value.contiguous() for name, entry in moments.get("state", {}).items()
@@ -1162,22 +1139,20 @@ def save_checkpoint(run):
     share(torch.zeros(1))
     return folder
 
-
 def sync_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
-
 def resume(run):
     """Restore the optimizer and the step (load() has taken the weights) and cut the log back to that step."""
     folder, state = newest_checkpoint(run.config)
     if state["prompts"] != prompts_digest(run):
-        raise UserError(f"--resume: {run.config.prompts} has other prompts than when {folder} was written; restore it")
+        raise UserError(f"--resume: {run.config.prompts} has other prompts than for {folder}; restore it")
     with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
         if moments := load_file(os.path.join(folder, "optimizer.safetensors")):
             optimizer = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
-            for name, entry in optimizer.get("state", {}).items():  # on rank 0; the others are sent their parts
+            for name, entry in optimizer.get("state", {}).items():  # rank 0's; the others are sent theirs
                 entry.update({key: moments.pop(f"{name}.{key}") for key in entry})
             set_optimizer_state_dict(run.trained, run.optimizer, optimizer, options=StateDictOptions(
                 full_state_dict=True, cpu_offload=True, broadcast_from_rank0=world_size() > 1))
@@ -1193,7 +1168,6 @@ def resume(run):
             os.replace(path + ".partial", path)
     share(torch.zeros(1))
 
-
 def log(run, row):
     """Append a line to metrics.jsonl. JSON has no NaN: null stands for a figure without a value."""
     if rank() == 0 and run.config.steps:
@@ -1202,22 +1176,19 @@ def log(run, row):
         with explain(path, "make room and --resume"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-
 def read_log(folder):
     """-> the evaluation rows and the training rows of a run."""
     rows = [row for _, row in read_jsonl(os.path.join(folder, "metrics.jsonl"))]
     return [row for row in rows if "loss" not in row], [row for row in rows if "loss" in row]
 
 
-# --- The tiny pair: a teacher and a student made in seconds. A reader of the method can skip this ------------------
+# --- The tiny pair: a teacher and a student made in seconds. A reader of the method can skip this -----------
 
 CHARACTERS = "0123456789+,="
 
-
 def tiny_answer(digits, domain):
-    """"+": the running sum mod 10; ",": the running maximum. Both are chains: an early slip poisons the rest."""
+    """"+": the running sum mod 10; ",": the running maximum. In both an early slip poisons the rest."""
     return np.cumsum(digits, -1) % 10 if domain == "+" else np.maximum.accumulate(digits, -1)
-
 
 def tiny_tokenizer():
     """One token a character."""
@@ -1225,24 +1196,25 @@ def tiny_tokenizer():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                   unk_token="<unk>")
 
 def pretrain(shape, domains, target_loss, tiny, seed, label):
-    """Plain next-token training of a new Qwen3 on these domains, until the smoothed loss reaches target_loss."""
+    """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
     torch.manual_seed(seed)
     rng, n, pad, eos, smooth = np.random.default_rng((seed, len(label))), tiny["digits"], 13, 14, None
     heads = shape["num_attention_heads"]
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=16, tie_word_embeddings=True, intermediate_size=3 * shape["hidden_size"], num_key_value_heads=heads,
-        head_dim=shape["hidden_size"] // heads, eos_token_id=eos, pad_token_id=pad, **shape))
+        vocab_size=16, tie_word_embeddings=True, intermediate_size=3 * shape["hidden_size"], eos_token_id=eos,
+        pad_token_id=pad, num_key_value_heads=heads, head_dim=shape["hidden_size"] // heads, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=tiny["pretrain_lr"], weight_decay=0.0, fused=True)
     with progress(tiny["pretrain_steps"], label) as bar:
         for step in range(1, tiny["pretrain_steps"] + 1):
             digits, which = rng.integers(0, 10, (128, n)), rng.integers(0, len(domains), 128)
             answers = np.stack([tiny_answer(row, domains[k]) for row, k in zip(digits, which)])
             sign = np.array([CHARACTERS.index(domain) for domain in domains])[which]
-            ids = torch.from_numpy(np.column_stack([digits, sign, np.full(128, 12), answers, np.full(128, eos)]))
+            ids = np.column_stack([digits, sign, np.full(128, 12), answers, np.full(128, eos)])
+            ids = torch.from_numpy(ids)  # [128, n + 2 + n + 1]
             logits = model(input_ids=ids[:, :-1]).logits[:, n + 1:]  # [128, n + 1, 16]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, n + 2:].flatten())
             loss.backward()
@@ -1253,14 +1225,14 @@ def pretrain(shape, domains, target_loss, tiny, seed, label):
             bar.set_postfix(loss=smooth)
             if smooth < target_loss:
                 break
-    say(f"{label}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {smooth:.3f} after {step} steps")
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{label}: {count:,} parameters, loss {smooth:.3f} after {step} steps")
     return model
-
 
 def make_tiny(config):
     """Train the tiny pair, once for an output folder, and write it and its prompts as ordinary files.
 
-    -> config with teacher, student, prompts and eval_prompts filled in: from there on it is a run like any other.
+    -> config with teacher, student, prompts and eval_prompts filled in: from there on, a run like any other.
     """
     tiny, root = config.tiny, os.path.join(config.output_dir, "tiny")
     regime = tiny["regimes"][config.regime]
@@ -1271,10 +1243,13 @@ def make_tiny(config):
             partial = root + ".partial"
             shutil.rmtree(partial, ignore_errors=True)
             os.makedirs(partial)
-            pair = [("student", tiny["student"] | regime.get("student", {}), list(mixture), regime["student_loss"])]
-            pair += [(name, tiny["teacher"], [domain], tiny["teacher_loss"]) for name, domain in regime["teachers"].items()]
-            for name, shape, domains, loss in pair:
-                pretrain(shape, domains, loss, tiny, config.seed, name).save_pretrained(os.path.join(partial, name))
+            small = tiny["student"] | regime.get("student", {})
+            made = [("student", small, list(mixture), regime["student_loss"])]
+            made += [(name, tiny["teacher"], [domain], tiny["teacher_loss"])
+                     for name, domain in regime["teachers"].items()]
+            for name, shape, domains, loss in made:
+                model = pretrain(shape, domains, loss, tiny, config.seed, name)
+                model.save_pretrained(os.path.join(partial, name))
                 tiny_tokenizer().save_pretrained(os.path.join(partial, name))
             grades = {domain: name for name, domain in regime["teachers"].items()}
             rng, even = np.random.default_rng((config.seed, ORDER)), dict.fromkeys(mixture, 1 / len(mixture))
@@ -1293,7 +1268,7 @@ def make_tiny(config):
                                teacher=",".join(f"{name}={path(name)}" for name in names))
 
 
-# --- The comparison: every arm is a few settings ------------------------------------------------------------------
+# --- The comparison: every arm is a few settings ------------------------------------------------------------
 
 ARMS = {
     "OPD": dict(filter_percentile=0.0, alpha=0.0, beta=0.0),
@@ -1305,51 +1280,55 @@ ARMS = {
     "shuffled weights": dict(token_weights="shuffled"),
 }
 
-
 def interval(values):
     """Mean, standard deviation and half width of the 95 % interval (Student's t) over seeds."""
     n, centre = len(values), mean(values)
     if n < 2:
         return centre, math.nan, math.nan
     deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
-    t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # its 97.5 % quantile at n - 1 = 1, 2, ...
+    t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile at n - 1 = 1 to 9
     return centre, deviation, (t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * deviation / math.sqrt(n)
 
-
 def compare(config):
-    """Every arm from the same teacher, student, prompts and uniforms, seed by seed; then the table. -> finished?"""
-    last = {arm: [] for arm in ARMS}  # the last evaluation of each seed
+    """Every arm from the same teacher, student, prompts and uniforms, seed by seed; then the table."""
+    arms = [name.strip() for name in config.arms.split(",")] if config.arms else list(ARMS)
+    if set(arms) - set(ARMS):
+        raise UserError(f"--arms {config.arms!r}: the arms are {', '.join(ARMS)}")
+    last = {arm: [] for arm in arms}  # the last evaluation of each seed
     for seed in range(config.seed, config.seed + config.seeds):
-        base = dataclasses.replace(config, seed=seed, output_dir=os.path.join(config.output_dir, f"seed-{seed}"))
+        root = os.path.join(config.output_dir, f"seed-{seed}")
+        base = dataclasses.replace(config, seed=seed, output_dir=root)
         base = make_tiny(base) if base.tiny else base
-        for arm, settings in ARMS.items():
-            folder = os.path.join(base.output_dir, arm.replace(" ", "-"))
-            if os.path.join(folder, f"checkpoint-{config.steps:06d}") not in checkpoints(folder):  # not yet finished
+        for arm in arms:
+            folder = os.path.join(root, arm.replace(" ", "-"))
+            if not any(path.endswith(f"{config.steps:06d}") for path in checkpoints(folder)):  # unfinished
                 say(f"\n=== seed {seed}, {arm}")
                 if rank() == 0:
                     shutil.rmtree(folder, ignore_errors=True)
                 share(torch.zeros(1))
-                if not train(dataclasses.replace(base, output_dir=folder, show=0, **settings)):
+                if not train(dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])):
                     return False
             last[arm].append(read_log(folder)[0][-1])
-    names = [name for name in last["OPD"][0] if re.match("eval/(exact_match|reverse_kl)", name)]
-    lines = [f"| {config.seeds} seeds, {config.steps} steps | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    plain = last.get("OPD", last[arms[0]])  # what the others are compared with
+    names = [name for name in plain[0] if re.match("eval/(exact_match|reverse_kl)", name)]
+    lines = [f"| {config.seeds} seeds, {config.steps} steps | " + " | ".join(names) + " |",
+             "|---" * (len(names) + 1) + "|"]
     for arm, rows in last.items():
         cells = []
         for name in names:
             centre, deviation, half = interval([row[name] for row in rows])
-            gain, _, gain_half = interval([row[name] - plain[name] for row, plain in zip(rows, last["OPD"])])
+            gain, _, gain_half = interval([row[name] - other[name] for row, other in zip(rows, plain)])
             cells.append(f"{centre:.3f} ± {half:.3f} (sd {deviation:.3f}; {gain:+.3f} ± {gain_half:.3f})")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    say("\n" + "\n".join(lines) + "\n\nmean ± half width of its 95 % interval over seeds (standard deviation; paired "
-        "difference to OPD ± half width)")
+    say("\n" + "\n".join(lines) + "\n\nmean ± half width of its 95 % interval over seeds (standard "
+        "deviation; paired difference to OPD ± half width)")
     if rank() == 0:
         with open(os.path.join(config.output_dir, "comparison.md"), "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     return True
 
 
-# --- The run --------------------------------------------------------------------------------------------------------
+# --- The run ------------------------------------------------------------------------------------------------
 
 def train(config):
     """A whole run. -> True, or False if it was told to stop; its state is then in a checkpoint."""
@@ -1366,26 +1345,27 @@ def train(config):
                 going = after_step(run, bar, *done)
                 failures = failures + 1 if done[0]["skipped_updates"] else 0
                 if failures == 3:
-                    raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; the "
-                                    f"last good weights are in {save_checkpoint(run)}; look at score and grad_norm in "
-                                    f"metrics.jsonl, lower --lr, check the teacher with --steps 0")
+                    raise UserError(f"step {run.step}: three steps in a row without a finite loss and "
+                                    f"gradient; the last good weights are in {save_checkpoint(run)}; look at "
+                                    f"score in metrics.jsonl, lower --lr, check the teacher with --steps 0")
     if going and config.steps:
         summary(config, time.time() - started)
     elif not going:
-        say(f"\nstopped after step {run.step}, saved {save_checkpoint(run) if config.steps else 'nothing'}; go on with: "
+        saved = save_checkpoint(run) if config.steps else "nothing"
+        say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
             f"python fire_opd.py --config {config.output_dir}/config.json --resume")
     return going
-
 
 def after_step(run, bar, metrics, rollouts):
     """Log, print, show, evaluate and save as the settings ask. -> False if the run is to stop."""
     config, last = run.config, run.step == run.config.steps
     log(run, metrics)
-    line = "reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {length:.0f}, {tokens_per_second:.0f} tokens/s"
+    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {length:.0f}, "
+            "{tokens_per_second:.0f} tokens/s").format(**metrics)
     bar.update()
-    bar.set_postfix_str(line.format(**metrics))
+    bar.set_postfix_str(line)
     if bar.disable and run.step % max(1, config.steps // 10) == 0:  # no terminal: a line now and then
-        say(f"step {run.step}/{config.steps}: {line.format(**metrics)}")
+        say(f"step {run.step}/{config.steps}: {line}")
     if run.step == 1 or last:
         show(run, rollouts)
     going = evaluate(run) if last or config.eval_every and run.step % config.eval_every == 0 else True
@@ -1393,27 +1373,26 @@ def after_step(run, bar, metrics, rollouts):
         save_checkpoint(run)
     return going
 
-
 def summary(config, seconds):
     """Before and after, both read from the log, and the commands to type next."""
     (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
     say(f"\n{'':24}{'before':>10}{'after':>10}")
-    for rows, names in ((evaluations, [name for name in (evaluations or [{}])[0] if name.startswith("eval/")]),
-                        (steps, ["keep_ratio", "reverse_kl", "reverse_kl_kept", "length"])):
-        for name in names:
-            say(f"{name:24}" + "".join(f"{math.nan if r[name] is None else r[name]:10.3f}" for r in (rows[0], rows[-1])))
-    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s with loading; metrics in {folder}/metrics.jsonl, the student in "
-        f"{checkpoints(folder)[-1]}. Next:\n"
-        f"  evaluate  python fire_opd.py --config {folder}/config.json --steps 0 --student {checkpoints(folder)[-1]}\n"
-        f"  go on     python fire_opd.py --config {folder}/config.json --resume --steps {2 * config.steps}\n"
-        f"  use       transformers.pipeline('text-generation', '{checkpoints(folder)[-1]}')")
-
+    for rows in (evaluations, steps):
+        for name in rows[0] if rows else ():
+            if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|length$", name):
+                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
+                say(f"{name:24}{before:10.3f}{after:10.3f}")
+    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
+    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
+        f"{newest}. Next:\n"
+        f"  evaluate  {command} --steps 0 --student {newest}\n"
+        f"  go on     {command} --resume --steps {2 * config.steps}\n"
+        f"  use       transformers.pipeline('text-generation', '{newest}')")
 
 def on_signal(number, frame):
     if STOP.is_set():  # the second one ends at once
         os._exit(128 + number)
     STOP.set()
-
 
 def start(config):
     """Join the other ranks, take the signals, quieten the libraries."""
@@ -1431,7 +1410,6 @@ def start(config):
         now = share(torch.tensor(0.0 if rank() else time.time(), dtype=torch.float64)).item()
         config.output_dir = time.strftime("runs/%Y%m%d-%H%M%S", time.localtime(now))
 
-
 def fail(message):
     """One line and status 2. Under torchrun the line is also left where its report finds the root cause."""
     if rank():  # if the fault is everybody's, rank 0 says so and torchrun ends the others meanwhile
@@ -1444,7 +1422,6 @@ def fail(message):
         write_json(path, {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}})
     os._exit(2)  # an orderly exit would wait for the other ranks
 
-
 def main(argv=None):
     try:
         config = parse_config(argv)
@@ -1453,13 +1430,12 @@ def main(argv=None):
     except UserError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower --rollout-batch-size (rollout) or --micro-batch-tokens (scoring, update), or "
-             "add --gradient-checkpointing or --shard")
+        fail("out of GPU memory; lower --rollout-batch-size (rollout) or --micro-batch-tokens (scoring, "
+             "update), or add --gradient-checkpointing or --shard")
     if dist.is_initialized():
         dist.destroy_process_group()
     if not finished:
         raise SystemExit(130)
-
 
 if __name__ == "__main__":
     main()

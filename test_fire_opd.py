@@ -715,7 +715,7 @@ def bad_inputs(pair, root):
         ("indivisible batch", run(batch_size=6, rollouts_per_prompt=4), "multiple"),
         ("resume without folder", ["--resume"], "--output-dir"),
         ("resume nothing", run(resume=True), "no complete checkpoint"),
-        ("no such regime", ["--regime", "lunar"], "foreign"),
+        ("no such arm", run(compare=True, arms="OPD,magic"), "FiRe-OPD"), ("no such regime", ["--regime", "lunar"], "foreign"),
         ("config missing", run(config=root / "nowhere.json"), "nowhere.json"), ("config is a folder", run(config=root), "config"),
         ("config not JSON", config("{steps: 3}"), "JSON"), ("config a list", config("[1]"), "object"),
         ("config empty", config(""), "JSON"), ("config binary", config(b"\xff\xfe\x00"), "config"),
