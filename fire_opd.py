@@ -782,6 +782,8 @@ def parse_config(argv):
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % world_size():
         raise UserError(f"batch_size {config.batch_size} must be a multiple of rollouts_per_prompt "
                         f"({config.rollouts_per_prompt}) and of the number of ranks ({world_size()})")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir):
+        config.resume = True  # torchrun --max-restarts has started us again
     if config.resume and not config.output_dir:
         raise UserError("command line: --resume needs --output-dir, the folder of the run to continue")
     if config.device == "cuda" and not torch.cuda.is_available():

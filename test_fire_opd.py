@@ -1048,6 +1048,17 @@ def test_the_readme_names_what_exists():
         assert flag.removeprefix("no-").replace("-", "_") in f.SETTINGS, flag
 
 
+def test_the_exercises_of_the_readme_hold(monkeypatch):
+    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+    blocks = re.findall(r"```python\n(import torch, fire_opd.*?)```", text, re.S)
+    assert len(blocks) == 3
+    for block in blocks:
+        for name in ("token_weights", "trajectory_scores", "policy_loss"):
+            monkeypatch.setattr(f, name, getattr(f, name))  # restores it afterwards
+        exec(block, {})
+        monkeypatch.undo()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_run_learns_in_bf16_as_on_the_cpu(pair, tmp_path):
     f.main(flags(pair, tmp_path / "cpu", batch_size=32))
