@@ -9,8 +9,10 @@ One step, and where to read it (pi_S is the student, pi_T the teacher, y a rollo
   2. score      log pi_T(y_t) and the entropy H_T,t, in chunks over the vocabulary        Policy.forward
   3. filter     s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the whole step   filter_trajectories
   4. reweight   w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S), mean 1    token_weights
-  5. loss       the clipped policy gradient, its advantage A_t = w_t log(pi_T / pi_S)     policy_loss
+  5. loss       the clipped policy gradient of w_t A_t, advantage A_t = log(pi_T / pi_S)  policy_loss
   6. update     one AdamW step from the kept tokens of all micro-batches and ranks        update
+
+The step that puts these together is `train_step`; the loop around it is `train`, at the end of the file.
 
     python fire_opd.py                                           # a tiny pair, no download, under a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                     # real models, one GPU
@@ -47,7 +49,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 # --- The method: pure tensor functions, no models, no globals -----------------------------------------------
 
 def upcast(x):
-    """bfloat16 and float16 become float32, float32 and float64 stay: no likelihood is computed in less."""
+    """bfloat16 and float16 become float32, float32 and float64 stay: no softmax is taken in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def is_eos(tokens, eos_ids):
@@ -87,9 +89,9 @@ def filter_trajectories(scores, percentile):
     if not finite.any():
         return finite
     ordered = scores[finite].double().sort().values  # [n]
-    rank = percentile * (len(ordered) - 1) / 100  # in this order, exact where the quantile is a score
-    low, high = ordered[math.floor(rank)], ordered[math.ceil(rank)]
-    return finite & (scores >= low + (rank - math.floor(rank)) * (high - low))
+    place = percentile * (len(ordered) - 1) / 100  # multiplied first: percentile / 100 could drop a tie
+    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
+    return finite & (scores >= low + (place - math.floor(place)) * (high - low))
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0, scope="trajectory"):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the scope's valid tokens.
@@ -120,26 +122,26 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
 
     A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL(pi_S || pi_T)
     at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, when old_log_probs are this very
-    pass's: then the loss is plain REINFORCE. All tensors [B, T], in nats; num_tokens is the count of kept
-    tokens of the whole step, over all micro-batches and ranks. Their losses and gradients ADD: dividing each
-    by its own count would weigh the tokens of a short micro-batch more than those of a long one.
+    pass's: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], log-probs in nats.
+    num_tokens counts the kept tokens of the whole update, over all micro-batches and ranks, because their
+    gradients ADD: dividing each by its own count would weigh the tokens of a short micro-batch more.
     """
     mask = mask.bool()
 
     def valid(x):  # masked before exp(): an infinity off the mask would make the gradient 0 * inf = NaN
         return upcast(x).masked_fill(~mask, 0)
 
-    advantages = valid(weights.detach()) * valid((teacher_log_probs - old_log_probs).detach())  # [B, T]
+    weighted = valid(weights.detach()) * valid((teacher_log_probs - old_log_probs).detach())  # w_t A_t [B, T]
     ratio = (valid(log_probs) - valid(old_log_probs.detach())).exp()  # [B, T]
-    objective = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
+    objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
     return -objective.sum() / num_tokens
 
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
 
     At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
-    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again. All
-    chunks share two buffers: on a CPU, touching fresh memory for each costs as much as the matrix product.
+    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again. The
+    chunks share their buffers: on a CPU, touching fresh memory for each costs as much as the matrix product.
     """
 
     @staticmethod
@@ -208,6 +210,31 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
+# --- Ranks --------------------------------------------------------------------------------------------------
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+def share(table):
+    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
+    sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
+    if dist.is_initialized():
+        dist.all_reduce(table)
+    return table
+
+def barrier():
+    share(torch.zeros(1))
+
+STOP = threading.Event()  # set by SIGTERM or SIGINT, looked at between the pieces of work before an update
+
+def stopping():
+    """Whether any rank was told to stop. Asked together, so that all ranks leave the step at one place."""
+    return bool(share(torch.tensor(float(STOP.is_set()))) > 0)
+
+
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
 
 class UniformSampler:
@@ -264,7 +291,9 @@ class Policy(nn.Module):
         sampler = UniformSampler(self, uniforms.to(device), width)
         cache = DynamicCache(config=self.model.config)
         with self.autocast():  # keeps the bf16 weights that it casts for all tokens of this call
-            while len(ids) and (done := ids.shape[1] - width) < length and not STOP.is_set():
+            while len(ids) and (done := ids.shape[1] - width) < length:
+                if done and STOP.is_set():  # not at 0: the first forward of a sharded student is a collective
+                    break
                 ids = self.model.generate(
                     ids, attention_mask=attention, past_key_values=cache, logits_processor=[sampler],
                     max_new_tokens=min(self.SEGMENT, length - done))
@@ -281,7 +310,7 @@ class Policy(nn.Module):
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
 
 # Randomness is a function of (seed, purpose, ...), drawn where it is needed: no state to save or share.
-SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE = range(5)
+SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)
 
 @dataclass
 class Run:
@@ -329,13 +358,15 @@ def train_step(run):
     clock.append(time.perf_counter())
     rollouts.keep = choose_trajectories(run.config, rollouts, run.step)  # 3. filter
     metrics = update(run, rollouts)  # 4. reweight, 5. loss, 6. update
-    clock.append(time.perf_counter())  # each phase ends in a copy to the CPU: these times are the device's
+    if run.config.device == "cuda":  # rollout and score end in a copy to the CPU, AdamW does not
+        torch.cuda.synchronize()
+    clock.append(time.perf_counter())
     seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
     metrics = dict(step=run.step + 1) | metrics | measure(run, rollouts) | speed(run, rollouts, seconds)
     return metrics, rollouts
 
 def step_prompts(run):
-    """The prompts of this step, from one permutation of all of them after the other."""
+    """The prompts of this step: each epoch is a fresh permutation of all of them."""
     config, n = run.config, len(run.prompts)
     count = config.batch_size // config.rollouts_per_prompt
     places = [divmod(i, n) for i in range(run.step * count, (run.step + 1) * count)]
@@ -346,8 +377,8 @@ def rollout(run, prompts, *key):
     """Step 1. The student writes one response to each prompt. -> Rollouts, or None if the run is to stop.
 
     The uniforms of row i are a function of (seed, key, i) alone: not of the rank that writes it, nor of its
-    batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run, all arms of a comparison meet
-    the same randomness, and a resumed run has no generator to restore.
+    batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run up to the rounding of floats,
+    all arms of a comparison meet the same randomness, and a resumed run has no generator to restore.
     """
     config = run.config
     tokens = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.long)  # [B, T]
@@ -361,11 +392,10 @@ def rollout(run, prompts, *key):
     if stopping():
         return None
     share(tokens), share(log_probs)
-    width = int(response_mask(tokens, run.eos_ids).sum(1).max())
-    tokens, log_probs = tokens[:, :width], log_probs[:, :width]
     mask = response_mask(tokens, run.eos_ids)
-    ended = (is_eos(tokens, run.eos_ids) & mask).any(1)
-    return Rollouts(prompts, tokens, mask, ended, log_probs.masked_fill(~mask, 0))
+    ended, log_probs = (is_eos(tokens, run.eos_ids) & mask).any(1), log_probs.masked_fill(~mask, 0)
+    width = int(mask.sum(1).max())  # no table need be wider than the longest response
+    return Rollouts(prompts, tokens[:, :width], mask[:, :width], ended, log_probs[:, :width])
 
 @torch.no_grad()
 def score(run, rollouts):
@@ -409,37 +439,46 @@ def choose_tokens(config, weights, mask, rows, step):
     return chosen
 
 def update(run, rollouts):
-    """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics."""
-    config, kept, lengths = run.config, rollouts.keep.nonzero()[:, 0].tolist(), rollouts.lengths()
+    """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics.
+
+    They are dealt into mini-batches, one optimizer update each (one by default); a mini-batch is cut into
+    micro-batches, one forward and backward each, that fit into memory. The cut must not change the gradient.
+    """
+    config, lengths = run.config, rollouts.lengths()
+    kept = rollouts.keep.nonzero()[:, 0].tolist()
     for name in ("student_log_probs", "student_entropy", "weights"):
         setattr(rollouts, name, torch.zeros(rollouts.mask.shape))
-    losses, norms = [], []
-    for part in range(config.updates_per_rollout):
+    losses, norms, skipped = [], [], 0
+    for part in range(min(config.updates_per_rollout, max(1, len(kept)))):
         rows = kept[part::config.updates_per_rollout]
-        # Counted over the whole mini-batch before it is cut: the gradient must not depend on how it is cut.
+        # Counted before the cut: of tokens, or, for the mean over trajectories, of these.
         count = int(rollouts.mask[rows].sum()) if config.loss_agg == "token-mean" else len(rows)
-        micros, total = micro_batches(rows, lengths, config.micro_batch_tokens), torch.zeros(())
+        micros, loss = micro_batches(rows, lengths, config.micro_batch_tokens), torch.zeros(())
         for number, micro in enumerate(micros):
             with gradient_exchange(run.trained, last=number == len(micros) - 1):
-                loss = micro_batch_loss(run, rollouts, micro, count)
-                (loss * world_size()).backward()  # DDP and FSDP average over the ranks; these losses add
-            total += loss.detach().cpu()
+                piece = micro_batch_loss(run, rollouts, micro, count)
+                (piece * world_size()).backward()  # DDP and FSDP average over the ranks; these pieces add
+            loss += piece.detach().cpu()
+        loss = share(loss).item()
         norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if rows and math.isfinite(norm) and math.isfinite(share(total)):  # else the weights stay as they are
+        if rows and math.isfinite(norm) and math.isfinite(loss):
             run.optimizer.step()
-            losses.append(total.item()), norms.append(norm)
+            losses.append(loss)
+            norms.append(norm)
+        else:  # the weights stay as they are
+            skipped += 1
         run.optimizer.zero_grad(set_to_none=True)
     for table in (rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights):
         share(table)
-    skipped = config.updates_per_rollout - len(losses)
     return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=skipped)
 
 def micro_batch_loss(run, rollouts, rows, count):
     """The student's one pass over these rows, their weights, and their share of the step's loss.
 
     With one update a rollout this pass is the old policy too: its own detached log-probs make the ratio
-    exactly 1 and save a pass. With more updates the old log-probs are the sampler's, and the clip is live.
+    exactly 1, which the sampler's would not, computed by other kernels. With more updates the sampler's are
+    the old ones and the clip is live; H_S is always that of the pass that is being trained on.
     """
     config, device = run.config, run.config.device
     mask, teacher_log_probs, teacher_entropy, old_log_probs = (table[rows].to(device) for table in (
@@ -495,25 +534,6 @@ def gradient_exchange(trained, last):
     with trained.no_sync() if wait else contextlib.nullcontext():
         yield
 
-def share(table):
-    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
-    sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
-    if dist.is_initialized():
-        dist.all_reduce(table)
-    return table
-
-STOP = threading.Event()  # set by SIGTERM or SIGINT, looked at between the pieces of work before an update
-
-def stopping():
-    """Whether any rank was told to stop. Asked together, so that all ranks leave the step at one place."""
-    return bool(share(torch.tensor(float(STOP.is_set()))) > 0)
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
 def mean(values):
     return sum(values) / len(values) if values else math.nan
 
@@ -562,14 +582,13 @@ def measure(run, rollouts):
     keep, kept = rollouts.keep, rollouts.mask & rollouts.keep[:, None]
     add("_dropped", ~keep)
     add("_kept", keep)
-    ratio = (rollouts.student_log_probs - rollouts.log_probs).exp()  # [B, T]
     heaviest = torch.arange(mask.shape[1]) < (lengths / 10).ceil()[:, None]  # [B, T] a tenth of each row
     shares = (rollouts.weights.sort(1, descending=True).values * heaviest).sum(1) / lengths  # [B]
-    figures |= dict(reverse_kl_kept=(rollouts.student_log_probs - rollouts.teacher_log_probs)[kept].mean(),
-                    keep_ratio=keep.float().mean(), weight_top_decile=shares[keep].mean(),
+    figures |= dict(keep_ratio=keep.float().mean(), weight_top_decile=shares[keep].mean(),
                     student_entropy=rollouts.student_entropy[kept].mean(), clip_fraction=0.0)
     if run.config.updates_per_rollout > 1:
-        figures["clip_fraction"] = ((ratio[kept] - 1).abs() > run.config.clip_ratio).float().mean()
+        ratio = (rollouts.student_log_probs - rollouts.log_probs)[kept].exp()
+        figures["clip_fraction"] = ((ratio - 1).abs() > run.config.clip_ratio).float().mean()
     for name in run.teachers if len(run.teachers) > 1 else ():
         own = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
         figures[f"keep_ratio/{name}"] = keep[own].float().mean()
@@ -579,9 +598,10 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on 
 
 def forward_flops(policy, lengths, responses):
     """Of a dense transformer on rows of these lengths [n], its head on the response tokens [n] only."""
-    c = policy.model.config
-    h, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
-    d, kv = getattr(c, "head_dim", None) or h // heads, getattr(c, "num_key_value_heads", heads)
+    c = policy.model.config.get_text_config()
+    h, layers, heads = (getattr(c, name, math.nan) for name in (
+        "hidden_size", "num_hidden_layers", "num_attention_heads"))
+    d, kv = getattr(c, "head_dim", None) or h // heads, getattr(c, "num_key_value_heads", None) or heads
     dense = layers * h * (2 * heads * d + 2 * kv * d + 3 * getattr(c, "intermediate_size", math.nan))
     return (2 * dense * lengths.sum() + 2 * h * policy.vocab_size * responses.sum()
             + 2 * layers * heads * d * (lengths ** 2).sum()).item()
@@ -667,7 +687,7 @@ class Config:
     max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", low=1)
     temperature: float = setting(1.0, "rollout", "of student and teacher, sampling and scoring", above=0)
     rollout_batch_size: int = setting(64, "rollout", "rows generated at once on a rank", low=1)
-    filter_percentile: float = setting(20.0, "method", "share of trajectories to drop, in %", low=0, high=100)
+    filter_percentile: float = setting(20.0, "method", "quantile of scores to reach, in %", low=0, high=100)
     filter_by: str = setting("likelihood", "method", "likelihood (the teacher's), or random: a control",
                              choices=("likelihood", "random"))
     filter_scope: str = setting("step", "method", "one quantile over the step, or one per teacher",
@@ -921,8 +941,8 @@ def load_model(folder, dtype, vocab_size, config):
         return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
 
 def shared_vocabulary(student, teacher, name):
-    """How many ids both tokenizers know, compared id by id. The widths of the embeddings prove nothing: they
-    are padded, differently from size to size, and two of one width can hold different tokens."""
+    """The width of the vocabulary that both tokenizers know, compared id by id. The widths of the embeddings
+    prove nothing: they are padded, differently from size to size, and one width can hold other tokens."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()  # token -> id
     ids = set(theirs.values())
     wrong = sorted((i, token) for token, i in ours.items() - theirs.items() if token in theirs or i in ids)
@@ -952,6 +972,9 @@ def end_ids(model, tokenizer, config, vocab_size):
 
 def load(config):
     """Check everything cheap, then load everything slow, and report it line by line. -> Run"""
+    for path in filter(None, (config.prompts, config.eval_prompts)):
+        for _ in read_jsonl(path):  # a broken file should not cost a download
+            pass
     folders = {name: fetch(path, f"teacher {name}") for name, path in teacher_paths(config).items()}
     student_folder = fetch(config.student, "student")
     tokenizer = load_tokenizer(student_folder, config)
@@ -988,7 +1011,7 @@ def load(config):
             if turn == rank():
                 dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
                 teacher = load_model(folder, dtype, vocab_size, config).requires_grad_(False)
-            share(torch.zeros(1))
+            barrier()
         run.teachers[name] = Policy(teacher, vocab_size, config)
         ends = end_ids(teacher, theirs[name], config, vocab_size)
         note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
@@ -1001,29 +1024,32 @@ def load(config):
     return run
 
 def self_test(run):
-    """The student grading its own rollout must find what a plain forward finds: no divergence from itself."""
-    config, policy, prompt = run.config, run.student, run.prompts[0].ids
+    """Scoring a rollout must find what a plain forward finds, and the student's what its sampler found."""
+    config, prompt = run.config, run.prompts[0].ids
     uniforms = np.random.default_rng((config.seed, EVALUATE)).random((1, min(16, config.max_new_tokens)))
-    tokens, sampled = policy.sample([prompt], torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
-    n = int(response_mask(tokens, run.eos_ids).sum())
+    tokens, sampled = run.student.sample([prompt], torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
+    n, limit = int(response_mask(tokens, run.eos_ids).sum()), 0.25 if config.dtype == "bfloat16" else 1e-3
     ids = torch.tensor([prompt + tokens[0, :n].tolist()], device=config.device)  # [1, L]
-    with torch.no_grad(), policy.autocast():
-        scored = policy(ids, torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt))[0]  # [n]
-        logits = upcast(policy.model(ids).logits[0, len(prompt) - 1:-1, :policy.vocab_size])  # [n, V]
-    plain = (logits / config.temperature).log_softmax(1).gather(1, ids[0, len(prompt):, None])[:, 0]  # [n]
-    gap, own = (scored - plain).abs().max().item(), (sampled[0, :n].to(scored) - scored).mean().item()
-    limit = 0.25 if config.dtype == "bfloat16" else 1e-3
-    if not max(gap, abs(own)) < limit:
-        raise UserError(f"self-test: log-probs are {gap:.2g} off a plain forward's and {own:.2g} off the "
-                        f"sampler's; a model that scales or caps its logits is not supported")
-    note(f"self-test on {n} sampled tokens: reverse KL to itself {own:.1e}, gap to a plain forward {gap:.1e}")
+    response = torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt)
+    for name, policy in {"the student": run.student, **run.teachers}.items():
+        with torch.no_grad(), policy.autocast():
+            scored = policy(ids, response)[0]  # [n]
+            logits = upcast(policy.model(ids).logits[0, len(prompt) - 1:-1, :policy.vocab_size])  # [n, V]
+        plain = (logits / config.temperature).log_softmax(1).gather(1, ids[response][:, None])[:, 0]  # [n]
+        gap, own = (scored - plain).abs().max().item(), 0.0
+        if policy is run.student:
+            own = divergence = (sampled[0, :n].to(scored) - scored).mean().item()
+        if not max(gap, abs(own)) < limit:
+            raise UserError(f"self-test of {name}: log-probs are {gap:.2g} off a plain forward's, {own:.2g} "
+                            f"off the sampler's; a model that scales or caps its logits is not supported")
+    note(f"self-test on {n} sampled tokens: the student's reverse KL to itself is {divergence:.1e}")
 
 def report_memory(run):
     """What a rank needs before its first activation, against what it has."""
     config, shards = run.config, world_size() if run.config.shard else 1
     size = lambda policy: sum(p.numel() for p in policy.parameters())
     # Weights, gradients and two moments in float32; a sharded student is whole from rollout to backward.
-    gb = (size(run.student) * (16 / shards + 4 * config.shard)
+    gb = (size(run.student) * (16 / shards + 4 * (shards > 1))
           + sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards) / 2 ** 30
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world_size()
     there = (torch.cuda.mem_get_info()[1] if config.device == "cuda" else host) / 2 ** 30
@@ -1059,7 +1085,7 @@ def wrap(run):
 # --- Checkpoints and the log --------------------------------------------------------------------------------
 
 def open_output(config):
-    """Make the output folder, or find the run to continue in it. Nothing in it is ever overwritten."""
+    """Make the output folder, or find the run to continue in it. Another run is never overwritten."""
     if config.resume:
         newest_checkpoint(config)
     elif rank() == 0 and config.steps:
@@ -1070,7 +1096,7 @@ def open_output(config):
                                 f"--resume or choose another --output-dir")
             write_json(os.path.join(config.output_dir, "config.json"), settings_of(config))
             open(os.path.join(config.output_dir, "metrics.jsonl"), "w").close()
-    share(torch.zeros(1))
+    barrier()
 
 def settings_of(config):
     return {name: value for name, value in dataclasses.asdict(config).items()
@@ -1121,24 +1147,25 @@ def save_checkpoint(run):
         moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if rank() == 0 and not os.path.exists(folder):
         with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"):
-            partial = os.path.join(config.output_dir, "partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            temporary = os.path.join(config.output_dir, "partial")
+            shutil.rmtree(temporary, ignore_errors=True)
+            # Under the model's own names, and once: a tied head is saved as the embedding that it is.
             untied = dict(net.named_parameters()).keys() | dict(net.named_buffers()).keys()
             weights = {name.removeprefix("model."): value for name, value in weights.items()}
-            net.save_pretrained(partial, state_dict={k: v for k, v in weights.items() if k in untied})
-            run.generation_config.save_pretrained(partial)
-            run.tokenizer.save_pretrained(partial)
+            net.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in untied})
+            run.generation_config.save_pretrained(temporary)
+            run.tokenizer.save_pretrained(temporary)
             save_file({f"{name}.{key}": value.contiguous() for name, entry in moments.get("state", {}).items()
-                       for key, value in entry.items()}, os.path.join(partial, "optimizer.safetensors"))
+                       for key, value in entry.items()}, os.path.join(temporary, "optimizer.safetensors"))
             state = dict(step=run.step, settings=settings_of(config), prompts=prompts_digest(run))
-            write_json(os.path.join(partial, "trainer_state.json"), state)
-            for path in [os.path.join(partial, name) for name in os.listdir(partial)] + [partial]:
+            write_json(os.path.join(temporary, "trainer_state.json"), state)
+            for path in [os.path.join(temporary, name) for name in os.listdir(temporary)] + [temporary]:
                 sync_to_disk(path)
-            os.rename(partial, folder)
+            os.rename(temporary, folder)
             sync_to_disk(config.output_dir)
             for old in checkpoints(config.output_dir)[:-config.keep]:
                 shutil.rmtree(old)
-    share(torch.zeros(1))
+    barrier()
     return folder
 
 def sync_to_disk(path):
@@ -1168,7 +1195,7 @@ def resume(run):
             with open(path + ".partial", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
             os.replace(path + ".partial", path)
-    share(torch.zeros(1))
+    barrier()
 
 def log(run, row):
     """Append a line to metrics.jsonl. JSON has no NaN: null stands for a figure without a value."""
@@ -1204,7 +1231,8 @@ def tiny_tokenizer():
 def pretrain(shape, domains, target_loss, tiny, seed, label):
     """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
     torch.manual_seed(seed)
-    rng, n, pad, eos, smooth = np.random.default_rng((seed, len(label))), tiny["digits"], 13, 14, None
+    rng, n, smooth = np.random.default_rng((seed, PRETRAIN, *label.encode())), tiny["digits"], None
+    equals, pad, eos = 12, 13, 14
     heads = shape["num_attention_heads"]
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=16, tie_word_embeddings=True, intermediate_size=3 * shape["hidden_size"], eos_token_id=eos,
@@ -1215,7 +1243,7 @@ def pretrain(shape, domains, target_loss, tiny, seed, label):
             digits, which = rng.integers(0, 10, (128, n)), rng.integers(0, len(domains), 128)
             answers = np.stack([tiny_answer(row, domains[k]) for row, k in zip(digits, which)])
             sign = np.array([CHARACTERS.index(domain) for domain in domains])[which]
-            ids = np.column_stack([digits, sign, np.full(128, 12), answers, np.full(128, eos)])
+            ids = np.column_stack([digits, sign, np.full(128, equals), answers, np.full(128, eos)])
             ids = torch.from_numpy(ids)  # [128, n + 2 + n + 1]
             logits = model(input_ids=ids[:, :-1]).logits[:, n + 1:]  # [128, n + 1, 16]
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, n + 2:].flatten())
@@ -1242,29 +1270,29 @@ def make_tiny(config):
     torch.set_num_threads(1)  # two are slower for so small a model
     if rank() == 0 and not os.path.exists(root):
         with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
-            partial = root + ".partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            os.makedirs(partial)
+            temporary = root + ".partial"
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.makedirs(temporary)
             small = tiny["student"] | regime.get("student", {})
             made = [("student", small, list(mixture), regime["student_loss"])]
             made += [(name, tiny["teacher"], [domain], tiny["teacher_loss"])
                      for name, domain in regime["teachers"].items()]
             for name, shape, domains, loss in made:
                 model = pretrain(shape, domains, loss, tiny, config.seed, name)
-                model.save_pretrained(os.path.join(partial, name))
-                tiny_tokenizer().save_pretrained(os.path.join(partial, name))
+                model.save_pretrained(os.path.join(temporary, name))
+                tiny_tokenizer().save_pretrained(os.path.join(temporary, name))
             grades = {domain: name for name, domain in regime["teachers"].items()}
             rng, even = np.random.default_rng((config.seed, ORDER)), dict.fromkeys(mixture, 1 / len(mixture))
             for file, count, parts in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
-                with open(os.path.join(partial, file + ".jsonl"), "w", encoding="utf-8") as out:
+                with open(os.path.join(temporary, file + ".jsonl"), "w", encoding="utf-8") as out:
                     for domain in rng.choice(list(parts), count, p=list(parts.values())).tolist():
                         digits = rng.integers(0, 10, tiny["digits"])
                         row = dict(prompt="".join(map(str, digits)) + domain + "=", group=domain,
                                    answer="".join(map(str, tiny_answer(digits, domain))),
                                    teacher=grades.get(domain, names[0]))
                         out.write(json.dumps(row) + "\n")
-            os.rename(partial, root)
-    share(torch.zeros(1))
+            os.rename(temporary, root)
+    barrier()
     return dataclasses.replace(config, student=path("student"), prompts=path("prompts.jsonl"), tiny=None,
                                eval_prompts=path("eval_prompts.jsonl"),
                                teacher=",".join(f"{name}={path(name)}" for name in names))
@@ -1296,6 +1324,8 @@ def compare(config):
     arms = [name.strip() for name in config.arms.split(",")] if config.arms else list(ARMS)
     if set(arms) - set(ARMS):
         raise UserError(f"--arms {config.arms!r}: the arms are {', '.join(ARMS)}")
+    if not config.tiny and not config.eval_prompts:
+        raise UserError("--compare needs --eval-prompts: the arms are compared on held-out prompts")
     last = {arm: [] for arm in arms}  # the last evaluation of each seed
     for seed in range(config.seed, config.seed + config.seeds):
         root = os.path.join(config.output_dir, f"seed-{seed}")
@@ -1307,7 +1337,7 @@ def compare(config):
                 say(f"\n=== seed {seed}, {arm}")
                 if rank() == 0:
                     shutil.rmtree(folder, ignore_errors=True)
-                share(torch.zeros(1))
+                barrier()
                 if not train(dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])):
                     return False
             last[arm].append(read_log(folder)[0][-1])
@@ -1342,14 +1372,18 @@ def train(config):
         bar.update(run.step)
         while going and run.step < config.steps:
             done = train_step(run)
-            if going := done is not None:
-                run.step += 1
-                going = after_step(run, bar, *done)
-                failures = failures + 1 if done[0]["skipped_updates"] else 0
-                if failures == 3:
-                    raise UserError(f"step {run.step}: three steps in a row without a finite loss and "
-                                    f"gradient; the last good weights are in {save_checkpoint(run)}; look at "
-                                    f"score in metrics.jsonl, lower --lr, check the teacher with --steps 0")
+            if done is None:
+                going = False
+                break
+            metrics, rollouts = done
+            run.step += 1
+            going = after_step(run, bar, metrics, rollouts)
+            failures = 0 if math.isfinite(metrics["loss"]) else failures + 1
+            if failures == 3:
+                folder = save_checkpoint(run)
+                raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; "
+                                f"the last good weights are in {folder}; look at score in metrics.jsonl, "
+                                f"lower --lr, check the teacher with --steps 0")
     if going and config.steps:
         summary(config, time.time() - started)
     elif not going:
@@ -1396,7 +1430,7 @@ def on_signal(number, frame):
         os._exit(128 + number)
     STOP.set()
 
-def start(config):
+def set_up(config):
     """Join the other ranks, take the signals, quieten the libraries."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1427,7 +1461,7 @@ def fail(message):
 def main(argv=None):
     try:
         config = parse_config(argv)
-        start(config)
+        set_up(config)
         finished = compare(config) if config.compare else train(make_tiny(config) if config.tiny else config)
     except UserError as error:
         fail(str(error))
