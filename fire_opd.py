@@ -156,7 +156,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         high, w = torch.promote_types(hidden.dtype, torch.float32), weight.to(dtype)
         buffers = [hidden.new_empty(min(chunk, len(hidden)), len(w), dtype=high) for _ in range(2)]
-        log_probs, entropy = hidden.new_empty(2, len(hidden), dtype=high)
+        log_probs, entropy = (hidden.new_empty(len(hidden), dtype=high) for _ in range(2))
         chunks = (x.split(chunk) for x in (hidden.to(dtype), targets, log_probs, entropy))
         for h, y, log_p, H in zip(*chunks):
             z = ChunkedLogProbs.logits(h, w, temperature, buffers[0])
@@ -207,6 +207,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     end = cdf[:, -1]
     point = torch.minimum(uniforms.double() * end, torch.nextafter(end, torch.zeros_like(end)))
     tokens = torch.searchsorted(cdf, point[:, None], right=True)  # [B, 1]; right: skips probability 0
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN logits find no place; the loss will tell
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -284,6 +285,7 @@ class Policy(nn.Module):
         `generate` runs in segments; rows that have ended leave the batch and its cache between them: a batch
         must not pay b times for its longest row. What follows a row's EOS means nothing.
         """
+        assert uniforms.dtype == torch.float64
         (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.model.device
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # [b, width]
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -327,6 +329,7 @@ class Run:
     eos_ids: set = None
     pad_id: int = 0
     step: int = 0  # steps done
+    evaluated: int = -1  # the step of the last evaluation
 
 @dataclass
 class Rollouts:
@@ -478,7 +481,8 @@ def micro_batch_loss(run, rollouts, rows, count):
 
     With one update a rollout this pass is the old policy too: its own detached log-probs make the ratio
     exactly 1, which the sampler's would not, computed by other kernels. With more updates the sampler's are
-    the old ones and the clip is live; H_S is always that of the pass that is being trained on.
+    the old ones and the clip is live (in bf16 those kernels alone move some ratios by several per cent). H_S
+    is always that of the pass that is being trained on.
     """
     config, device = run.config, run.config.device
     mask, teacher_log_probs, teacher_entropy, old_log_probs = (table[rows].to(device) for table in (
@@ -625,13 +629,14 @@ def speed(run, rollouts, seconds):
 
 def evaluate(run):
     """Sample the held-out prompts, always from the same uniforms. -> False if the run is to stop."""
-    if run.eval_prompts:
+    if run.eval_prompts and run.evaluated != run.step:
         rollouts = rollout(run, run.eval_prompts, EVALUATE)
         if rollouts is None or not score(run, rollouts):
             return False
         figures = measure(run, rollouts)
         say(f"step {run.step}: evaluation: " + ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
         log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
+        run.evaluated = run.step
     return True
 
 def show(run, rollouts):
@@ -717,7 +722,7 @@ class Config:
 
 SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
 # A resumed run may differ in these. The two batch sizes change the last bits of floats, the device more.
-MAY_DIFFER = ("output_dir", "steps", "device", "eval_every", "save_every", "keep", "show",
+MAY_DIFFER = ("output_dir", "steps", "device", "eval_every", "save_every", "keep", "show", "seeds", "arms",
               "rollout_batch_size", "micro_batch_tokens")
 
 class UserError(Exception):
@@ -865,7 +870,7 @@ def tokenize(prompt, tokenizer, config):
     # The rendered text holds its special tokens already: adding more would double the BOS.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-def load_prompts(path, tokenizer, config, teachers):
+def load_prompts(path, tokenizer, config, teachers, vocab_size):
     """-> list of Prompt; those longer than max_prompt_tokens are counted and dropped."""
     prompts, longer = [], []
     for number, row in read_jsonl(path):
@@ -884,6 +889,10 @@ def load_prompts(path, tokenizer, config, teachers):
             ids = list(tokenize(prompt, tokenizer, config))
         if not ids:
             raise UserError(f"{where}: the prompt has no tokens; remove the line")
+        if max(ids) >= vocab_size:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(f"{where}: the prompt holds {token!r}, unknown to a teacher; mend the row, "
+                            f"the chat template or the choice of models")
         (prompts if len(ids) <= config.max_prompt_tokens else longer).append(
             Prompt(ids, row.get("answer"), teacher, row.get("group") or ""))
     if not prompts:
@@ -980,10 +989,11 @@ def load(config):
     tokenizer = load_tokenizer(student_folder, config)
     theirs = {name: load_tokenizer(folder, config) for name, folder in folders.items()}
     vocab_size = min(shared_vocabulary(tokenizer, other, name) for name, other in theirs.items())
-    run = Run(config, tokenizer, load_prompts(config.prompts, tokenizer, config, list(folders)), [])
+    read = partial(load_prompts, tokenizer=tokenizer, config=config, teachers=list(folders),
+                   vocab_size=vocab_size)
+    run = Run(config, tokenizer, read(config.prompts), [])
     if config.eval_prompts:
-        held_out = load_prompts(config.eval_prompts, tokenizer, config, list(folders))
-        run.eval_prompts = held_out[:config.eval_samples]
+        run.eval_prompts = read(config.eval_prompts)[:config.eval_samples]
         if len(run.eval_prompts) < world_size():
             raise UserError(f"{config.eval_prompts}: fewer prompts than the {world_size()} ranks; add some")
     else:
@@ -1028,7 +1038,7 @@ def self_test(run):
     config, prompt = run.config, run.prompts[0].ids
     uniforms = np.random.default_rng((config.seed, EVALUATE)).random((1, min(16, config.max_new_tokens)))
     tokens, sampled = run.student.sample([prompt], torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
-    n, limit = int(response_mask(tokens, run.eos_ids).sum()), 0.25 if config.dtype == "bfloat16" else 1e-3
+    n, eps = int(response_mask(tokens, run.eos_ids).sum()), torch.finfo(getattr(torch, config.dtype)).eps
     ids = torch.tensor([prompt + tokens[0, :n].tolist()], device=config.device)  # [1, L]
     response = torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt)
     for name, policy in {"the student": run.student, **run.teachers}.items():
@@ -1039,6 +1049,7 @@ def self_test(run):
         gap, own = (scored - plain).abs().max().item(), 0.0
         if policy is run.student:
             own = divergence = (sampled[0, :n].to(scored) - scored).mean().item()
+        limit = max(1e-3, 4 * eps * logits.abs().max().item()) / min(1, config.temperature)  # for rounding
         if not max(gap, abs(own)) < limit:
             raise UserError(f"self-test of {name}: log-probs are {gap:.2g} off a plain forward's, {own:.2g} "
                             f"off the sampler's; a model that scales or caps its logits is not supported")
@@ -1071,7 +1082,9 @@ def wrap(run):
         for policy in [run.student, *run.teachers.values()]:
             options = dict(mesh=mesh, reshard_after_forward=policy is not run.student)
             if policy is run.student and config.dtype == "bfloat16":
-                options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+                # Inputs are left alone: uniforms in bf16 would be 1 now and then, and draw the last token.
+                options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
+                                                            cast_forward_inputs=False)
             for layer in policy.layers():
                 fully_shard(layer, **options)
             fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
@@ -1196,6 +1209,7 @@ def resume(run):
                 file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
             os.replace(path + ".partial", path)
     barrier()
+    run.evaluated = max((row["step"] for row in read_log(run.config.output_dir)[0]), default=-1)
 
 def log(run, row):
     """Append a line to metrics.jsonl. JSON has no NaN: null stands for a figure without a value."""
@@ -1267,6 +1281,7 @@ def make_tiny(config):
     tiny, root = config.tiny, os.path.join(config.output_dir, "tiny")
     regime = tiny["regimes"][config.regime]
     names, mixture, path = list(regime["teachers"]), regime["mixture"], lambda name: os.path.join(root, name)
+    made_of = dict(seed=config.seed, regime=config.regime, tiny=tiny)
     torch.set_num_threads(1)  # two are slower for so small a model
     if rank() == 0 and not os.path.exists(root):
         with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
@@ -1291,8 +1306,12 @@ def make_tiny(config):
                                    answer="".join(map(str, tiny_answer(digits, domain))),
                                    teacher=grades.get(domain, names[0]))
                         out.write(json.dumps(row) + "\n")
+            write_json(os.path.join(temporary, "made.json"), made_of)
             os.rename(temporary, root)
     barrier()
+    with open(path("made.json"), encoding="utf-8") as file:
+        if json.load(file) != made_of:
+            raise UserError(f"{root} holds a pair of other settings; choose another --output-dir")
     return dataclasses.replace(config, student=path("student"), prompts=path("prompts.jsonl"), tiny=None,
                                eval_prompts=path("eval_prompts.jsonl"),
                                teacher=",".join(f"{name}={path(name)}" for name in names))
@@ -1333,12 +1352,17 @@ def compare(config):
         base = make_tiny(base) if base.tiny else base
         for arm in arms:
             folder = os.path.join(root, arm.replace(" ", "-"))
-            if not any(path.endswith(f"{config.steps:06d}") for path in checkpoints(folder)):  # unfinished
-                say(f"\n=== seed {seed}, {arm}")
+            one = dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])
+            if not checkpoints(folder):  # not begun, or not far
                 if rank() == 0:
                     shutil.rmtree(folder, ignore_errors=True)
                 barrier()
-                if not train(dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])):
+            else:  # only under the same settings; a finished one has nothing left to do
+                one.resume = True
+                newest_checkpoint(one)
+            if not one.resume or read_log(folder)[0][-1]["step"] < config.steps:
+                say(f"\n=== seed {seed}, {arm}")
+                if not train(one):
                     return False
             last[arm].append(read_log(folder)[0][-1])
     plain = last.get("OPD", last[arms[0]])  # what the others are compared with
@@ -1367,7 +1391,7 @@ def train(config):
     started, failures, run = time.time(), 0, load(config)
     if config.resume:
         resume(run)
-    going = run.step > 0 or evaluate(run)
+    going = evaluate(run) if due(run, config.eval_every) else True
     with progress(config.steps, "distil") as bar:
         bar.update(run.step)
         while going and run.step < config.steps:
@@ -1394,7 +1418,7 @@ def train(config):
 
 def after_step(run, bar, metrics, rollouts):
     """Log, print, show, evaluate and save as the settings ask. -> False if the run is to stop."""
-    config, last = run.config, run.step == run.config.steps
+    config = run.config
     log(run, metrics)
     line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {length:.0f}, "
             "{tokens_per_second:.0f} tokens/s").format(**metrics)
@@ -1402,12 +1426,16 @@ def after_step(run, bar, metrics, rollouts):
     bar.set_postfix_str(line)
     if bar.disable and run.step % max(1, config.steps // 10) == 0:  # no terminal: a line now and then
         say(f"step {run.step}/{config.steps}: {line}")
-    if run.step == 1 or last:
+    if run.step in (1, config.steps):
         show(run, rollouts)
-    going = evaluate(run) if last or config.eval_every and run.step % config.eval_every == 0 else True
-    if last or config.save_every and run.step % config.save_every == 0:
+    going = evaluate(run) if due(run, config.eval_every) else True
+    if due(run, config.save_every):
         save_checkpoint(run)
     return going
+
+def due(run, every):
+    """Whether something is done after this step: at both ends of a run, and in between as often as wanted."""
+    return run.step in (0, run.config.steps) or every and run.step % every == 0
 
 def summary(config, seconds):
     """Before and after, both read from the log, and the commands to type next."""

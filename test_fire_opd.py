@@ -245,6 +245,7 @@ def test_sampling_at_the_ends_of_the_unit_interval_yields_tokens_of_positive_pro
     uniforms = torch.tensor([0.0, 1 - 2 ** -53, 0.5], dtype=torch.float64)
     tokens, log_probs = f.sample_tokens(logits, uniforms)
     assert tokens[0] == 1 and tokens[1] == 151934 and log_probs.isfinite().all()
+    assert f.sample_tokens(torch.full((1, 4), math.nan), uniforms[:1])[1].isnan()  # no crash: the loss will tell
     assert f.sample_tokens(torch.tensor([[0.0, 50.0, -math.inf]]), uniforms[1:2])[0].item() == 1
 
 
@@ -632,16 +633,16 @@ def test_help_shows_every_flag_with_its_default(capsys):
 def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
     tokenizer, config = f.tiny_tokenizer(), f.Config(max_prompt_tokens=20)
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "1+"}, {"problem": "2+", "answer": "3", "group": "g"}, {"prompt": "1" * 30}])
-    a, b = f.load_prompts(path, tokenizer, config, ["t"])
+    a, b = f.load_prompts(path, tokenizer, config, ["t"], 16)
     assert (a.ids, b.ids, b.answer, b.group, b.teacher) == ([1, 10], [2, 10], "3", "g", "t")
     tokenizer.chat_template = ("{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}={% endif %}"
                                "{% if enable_thinking %}9{% endif %}")
     chat = [{"role": "user", "content": "4"}, {"role": "assistant", "content": "5"}]
     path = write_rows(tmp_path / "q.jsonl", [{"prompt": "1"}, {"messages": chat}, {"prompt": chat[:1]}])
-    ids = [p.ids for p in f.load_prompts(path, tokenizer, config, ["t"])]
+    ids = [p.ids for p in f.load_prompts(path, tokenizer, config, ["t"], 16)]
     assert ids == [[1, 11, 12], [4, 11, 12], [4, 11, 12]]
     config.enable_thinking = True
-    assert f.load_prompts(path, tokenizer, config, ["t"])[0].ids == [1, 11, 12, 9]
+    assert f.load_prompts(path, tokenizer, config, ["t"], 16)[0].ids == [1, 11, 12, 9]
     config.chat_template = "none"
     assert f.tokenize("1", tokenizer, config) == [1]
 
@@ -753,6 +754,7 @@ def bad_inputs(pair, root):
         ("tokenizer cut", student(cut("tokenizer.json")), "tokenizer"),
         ("vocabulary swapped", student(vocabulary(lambda t: t.replace('"3": 3', '"3": 4').replace('"4": 4', '"4": 3', 1))), "2 of the student's"),
         ("vocabulary disjoint", student(vocabulary(lambda t: re.sub(r'"(\d)": (\d)', r'"x\1": \2', t))), "10 of the student's"),
+        ("prompt beyond the teacher's vocabulary", student(vocabulary(lambda t: t.replace('"<unk>": 15', '"<unk>": 15, "Q": 16'))) + ["--prompts", prompts('{"prompt": "1Q"}')[5]], "'Q'"),
         ("weights of another shape", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64'))), "shape"),
         ("output a file", run(output_dir=root / "afile"), "output folder"), ("output under a file", run(output_dir=root / "afile" / "x"), "output folder"),
         ("output in use", run(output_dir=busy), "--resume"), ("output unwritable", run(output_dir="/proc/nowhere"), "output folder"),
@@ -1008,6 +1010,13 @@ def test_any_number_of_ranks_is_the_same_run(pair, tmp_path, ranks, settings):
     assert f.checkpoints(tmp_path / "many")[-1].endswith("000004")
 
 
+def test_a_sharded_student_in_bf16_keeps_its_uniforms_in_float64(pair, tmp_path):
+    """FSDP2 would cast them with the other inputs; `sample` asserts that it does not."""
+    argv = flags(pair, tmp_path / "out", steps=1, shard=True, dtype="bfloat16")
+    code, out, error = finish(spawn(argv, 2, 29300 + os.getpid() % 5000))
+    assert code == 0 and math.isfinite(log_of(tmp_path / "out")[0]["loss"]), error
+
+
 def test_an_error_on_any_rank_ends_all_of_them(pair, tmp_path):
     started = time.time()
     code, out, error = finish(spawn(flags(pair, tmp_path / "out", batch_size=5), 2, 29400 + os.getpid() % 5000))
@@ -1016,6 +1025,18 @@ def test_an_error_on_any_rank_ends_all_of_them(pair, tmp_path):
 
 
 # --- The comparison -------------------------------------------------------------------------------------------
+
+def test_a_run_stopped_in_its_last_evaluation_makes_up_for_it(pair, tmp_path, monkeypatch):
+    argv = flags(pair, tmp_path / "out", eval_prompts=pair / "prompts.jsonl", eval_samples=8)
+    rollout = f.rollout
+    monkeypatch.setattr(f, "rollout", lambda run, *a: (f.STOP.set() if run.step == 3 else None) or rollout(run, *a))
+    with pytest.raises(SystemExit):
+        f.main(argv)
+    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    f.main(argv + ["--resume"])
+    assert "eval/reverse_kl" in log_of(tmp_path / "out")[-1] and log_of(tmp_path / "out")[-1]["step"] == 3
+
 
 def test_the_interval_is_students():
     centre, deviation, half = f.interval([1.0, 2.0, 3.0, 4.0, 5.0])
@@ -1037,6 +1058,9 @@ def test_a_miniature_comparison_of_all_arms(pair, tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("=== seed") == 1 and "=== seed 1, FiRe-OPD" in out
     assert (tmp_path / "out" / "comparison.md").read_text() == table
+    with pytest.raises(SystemExit):  # and never mixes runs of other settings
+        f.main(argv + ["--lr", "0.5"])
+    assert "lr was 0.01, is 0.5" in capsys.readouterr().err
 
 
 # --- The README -----------------------------------------------------------------------------------------------
