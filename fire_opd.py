@@ -1004,6 +1004,11 @@ def load(config):
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
     student_folder = newest_checkpoint(config)[0] if config.resume else student_folder
     model = load_model(student_folder, torch.float32, vocab_size, config)
+    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise UserError(f"student {config.student}: prompt and response may take {longest} tokens, its positions "
+                        f"end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
     run.student, run.generation_config = Policy(model, vocab_size, config), model.generation_config
     run.eos_ids = end_ids(model, tokenizer, config, vocab_size)
     run.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)

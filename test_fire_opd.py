@@ -1,6 +1,6 @@
 """The tests, in the order of the file: read them as a second tutorial. All of them run offline on a CPU."""
 
-import contextlib, copy, io, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
+import copy, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
@@ -748,6 +748,7 @@ def bad_inputs(pair, root):
         ("student empty", run(student=root / "empty"), "tokenizer"), ("teacher missing", run(teacher="./nowhere"), "teacher"),
         ("teacher twice", run(teacher=[f"a={pair / 'teacher'}", f"a={pair / 'other'}"]), "NAME=PATH"),
         ("teacher without path", run(teacher="a="), "NAME=PATH"), ("rows name no teacher", run(teacher=[f"a={pair / 'teacher'}", f"b={pair / 'other'}"]), "line 1"),
+        ("beyond the positions", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"max_position_embeddings": 32768', '"max_position_embeddings": 16'))), "positions end at 16"),
         ("weights truncated", student(cut("model.safetensors")), "safetensors"), ("weights empty", student(cut("model.safetensors", 0)), "safetensors"),
         ("weights missing", student(lambda d: (d / "model.safetensors").unlink()), "safetensors"), ("weights of nothing", student(renamed), "missing"),
         ("weights pickled", student(pickled), "safetensors"), ("config.json cut", student(cut("config.json")), "student"),
@@ -969,7 +970,6 @@ def test_signals_and_kills_lose_nothing(pair, tmp_path):
     code, out, error = finish(process)
     assert code == 130 and "go on with" in out and error == ""
     process = spawn(argv + ["--resume"])
-    seen = len(f.checkpoints(tmp_path / "cut"))
     deadline = time.time() + 60
     start = f.checkpoints(tmp_path / "cut")[-1]
     while f.checkpoints(tmp_path / "cut")[-1] == start and time.time() < deadline:
