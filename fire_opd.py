@@ -24,7 +24,7 @@ divergences, an inference server, learning-rate schedules, logging services (met
 """
 
 import argparse, contextlib, dataclasses, datetime, difflib, hashlib, json, math, os, re, resource, shutil
-import signal, socket, sys, threading, time
+import signal, socket, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -672,8 +672,8 @@ class Config:
     config: str = setting("", "run", "JSON file of settings; the command line wins over it")
     output_dir: str = setting("", "run", "new folder for metrics and checkpoints [runs/<time>]")
     resume: bool = setting(False, "run", "continue the newest checkpoint in --output-dir")
-    steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", low=0)
-    seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", low=0)
+    steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", low=0, high=999999)
+    seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", low=0, high=2**32 - 1)
     device: str = setting("auto", "run", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "run", "of the computation; parameters are float32 [auto: bfloat16 on cuda]",
                          choices=("auto", "float32", "bfloat16"))
@@ -687,9 +687,9 @@ class Config:
     chat_template: str = setting("auto", "data", "auto: the tokenizer's, if any", choices=("auto", "none"))
     enable_thinking: bool = setting(False, "data", "passed on to the chat template")
     max_prompt_tokens: int = setting(1024, "data", "longer prompts are dropped", low=1)
-    batch_size: int = setting(64, "rollout", "rollouts a step, over all ranks", low=1)
+    batch_size: int = setting(64, "rollout", "rollouts a step, over all ranks", low=1, high=10**6)
     rollouts_per_prompt: int = setting(1, "rollout", "rollouts of each prompt in a step", low=1)
-    max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", low=1)
+    max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", low=1, high=10**6)
     temperature: float = setting(1.0, "rollout", "of student and teacher, sampling and scoring", above=0)
     rollout_batch_size: int = setting(64, "rollout", "rows generated at once on a rank", low=1)
     filter_percentile: float = setting(20.0, "method", "quantile of scores to reach, in %", low=0, high=100)
@@ -938,7 +938,7 @@ def load_tokenizer(folder, config):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                              trust_remote_code=config.trust_remote_code)
 
-def load_model(folder, dtype, vocab_size, config):
+def load_model(folder, dtype, vocab_size, longest, config):
     with explain(f"model of {folder}", "give a complete safetensors checkpoint of a causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
@@ -947,7 +947,11 @@ def load_model(folder, dtype, vocab_size, config):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
         if (rows := len(model.get_output_embeddings().weight)) < vocab_size:
             raise ValueError(f"{rows} output rows for {vocab_size} tokens")
-        return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > limit:
+        raise UserError(f"model of {folder}: prompt and response may take {longest} tokens, its positions "
+                        f"end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
+    return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
 
 def shared_vocabulary(student, teacher, name):
     """The width of the vocabulary that both tokenizers know, compared id by id. The widths of the embeddings
@@ -1001,14 +1005,10 @@ def load(config):
     note(f"first prompt, {len(run.prompts[0].ids)} tokens: {tokenizer.decode(run.prompts[0].ids)!r}")
     open_output(config)
 
+    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
     student_folder = newest_checkpoint(config)[0] if config.resume else student_folder
-    model = load_model(student_folder, torch.float32, vocab_size, config)
-    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-    if longest > limit:
-        raise UserError(f"student {config.student}: prompt and response may take {longest} tokens, its positions "
-                        f"end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
+    model = load_model(student_folder, torch.float32, vocab_size, longest, config)
     run.student, run.generation_config = Policy(model, vocab_size, config), model.generation_config
     run.eos_ids = end_ids(model, tokenizer, config, vocab_size)
     run.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
@@ -1025,9 +1025,9 @@ def load(config):
         for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
             if turn == rank():
                 dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
-                teacher = load_model(folder, dtype, vocab_size, config).requires_grad_(False)
+                teacher = load_model(folder, dtype, vocab_size, longest, config)
             barrier()
-        run.teachers[name] = Policy(teacher, vocab_size, config)
+        run.teachers[name] = Policy(teacher.requires_grad_(False), vocab_size, config)
         ends = end_ids(teacher, theirs[name], config, vocab_size)
         note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
              ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
@@ -1109,7 +1109,9 @@ def open_output(config):
     elif rank() == 0 and config.steps:
         with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
             os.makedirs(config.output_dir, exist_ok=True)
-            if os.path.exists(os.path.join(config.output_dir, "metrics.jsonl")):
+            config.output_dir.encode()  # names that are not UTF-8 break the saving of tokenizers
+            log_exists = os.path.exists(os.path.join(config.output_dir, "metrics.jsonl"))
+            if log_exists or checkpoints(config.output_dir):
                 raise UserError(f"output folder {config.output_dir} holds a run already; continue it with "
                                 f"--resume or choose another --output-dir")
             write_json(os.path.join(config.output_dir, "config.json"), settings_of(config))
@@ -1137,6 +1139,8 @@ def newest_checkpoint(config):
     with explain(f"checkpoint {found[-1]}", "remove this folder to continue the checkpoint before it"):
         with open(os.path.join(found[-1], "trainer_state.json"), encoding="utf-8") as file:
             state = json.load(file)
+        if int(found[-1][-6:]) != state["step"] or not state["prompts"]:
+            raise ValueError("trainer_state.json is of another checkpoint")
         now, before = settings_of(config), state["settings"]
         changed = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
                    if name not in MAY_DIFFER and before.get(name) != now[name]]
@@ -1182,7 +1186,7 @@ def save_checkpoint(run):
             os.rename(temporary, folder)
             sync_to_disk(config.output_dir)
             for old in checkpoints(config.output_dir)[:-config.keep]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
     barrier()
     return folder
 
@@ -1269,6 +1273,8 @@ def pretrain(shape, domains, target_loss, tiny, seed, label):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            if STOP.is_set():  # nothing is worth saving yet
+                raise SystemExit(130)
             smooth = loss.item() if smooth is None else 0.8 * smooth + 0.2 * loss.item()
             bar.update()
             bar.set_postfix(loss=smooth)
@@ -1285,11 +1291,13 @@ def make_tiny(config):
     """
     tiny, root = config.tiny, os.path.join(config.output_dir, "tiny")
     regime = tiny["regimes"][config.regime]
+    if not all(re.fullmatch(r"[\w-]+", name) and name != "student" for name in regime["teachers"]):
+        raise UserError(f"config {config.config}: teachers need plain names other than 'student'")
     names, mixture, path = list(regime["teachers"]), regime["mixture"], lambda name: os.path.join(root, name)
     made_of = dict(seed=config.seed, regime=config.regime, tiny=tiny)
     torch.set_num_threads(1)  # two are slower for so small a model
     if rank() == 0 and not os.path.exists(root):
-        with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
+        with explain(f"tiny pair {root}", f"mend tiny in {config.config}, or choose another --output-dir"):
             temporary = root + ".partial"
             shutil.rmtree(temporary, ignore_errors=True)
             os.makedirs(temporary)
@@ -1348,8 +1356,8 @@ def compare(config):
     arms = [name.strip() for name in config.arms.split(",")] if config.arms else list(ARMS)
     if set(arms) - set(ARMS):
         raise UserError(f"--arms {config.arms!r}: the arms are {', '.join(ARMS)}")
-    if not config.tiny and not config.eval_prompts:
-        raise UserError("--compare needs --eval-prompts: the arms are compared on held-out prompts")
+    if not config.steps or not config.tiny and not config.eval_prompts:
+        raise UserError("--compare needs --steps and --eval-prompts: arms are compared on held-out prompts")
     last = {arm: [] for arm in arms}  # the last evaluation of each seed
     for seed in range(config.seed, config.seed + config.seeds):
         root = os.path.join(config.output_dir, f"seed-{seed}")
@@ -1359,8 +1367,8 @@ def compare(config):
             folder = os.path.join(root, arm.replace(" ", "-"))
             one = dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])
             if not checkpoints(folder):  # not begun, or not far
-                if rank() == 0:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if rank() == 0 and os.path.exists(os.path.join(folder, "config.json")):
+                    shutil.rmtree(folder)
                 barrier()
             else:  # only under the same settings; a finished one has nothing left to do
                 one.resume = True
@@ -1465,6 +1473,7 @@ def on_signal(number, frame):
 
 def set_up(config):
     """Join the other ranks, take the signals, quieten the libraries."""
+    warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if config.device == "cuda":
@@ -1484,7 +1493,8 @@ def fail(message):
     if rank():  # if the fault is everybody's, rank 0 says so and torchrun ends the others meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
-    print(visible(f"error: {message}", ""), file=sys.stderr, flush=True)
+    message = visible(" ".join(message.split())[:900])
+    print(f"error: {message}", file=sys.stderr, flush=True)
     if world_size() == 1:
         raise SystemExit(2)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -1501,6 +1511,10 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("out of GPU memory; lower --rollout-batch-size (rollout) or --micro-batch-tokens (scoring, "
              "update), or add --gradient-checkpointing or --shard")
+    except Exception as error:  # not foreseen: still one line, unless asked for more
+        if sys.flags.dev_mode:
+            raise
+        fail(f"{type(error).__name__}: {error}; python -X dev shows where; complete checkpoints are intact")
     if dist.is_initialized():
         dist.destroy_process_group()
     if not finished:

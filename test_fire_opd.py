@@ -249,6 +249,15 @@ def test_sampling_at_the_ends_of_the_unit_interval_yields_tokens_of_positive_pro
     assert f.sample_tokens(torch.tensor([[0.0, 50.0, -math.inf]]), uniforms[1:2])[0].item() == 1
 
 
+def test_uniforms_are_scaled_by_the_end_of_the_sum():
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
+    cdf = logits.softmax(1).cumsum(1, dtype=torch.float64)[0]
+    assert cdf[-1] != 1  # float32 probabilities
+    uniforms = (cdf + cdf / cdf[-1])[2000:4000] / 2  # each between an edge of the sum and that of the distribution
+    tokens, _ = f.sample_tokens(logits.expand(2000, -1), uniforms)
+    assert torch.equal(tokens, torch.searchsorted(cdf / cdf[-1], uniforms, right=True))
+
+
 def test_the_response_mask_ends_with_the_first_eos_whatever_the_padding():
     eos, pad, other = 2, 2, 3  # pad == eos, and a second EOS id
     tokens = torch.tensor([[5, 5, eos, pad, pad], [5, other, 5, eos, pad], [5, 5, 5, 5, 5], [eos, eos, 5, 5, 5]])
@@ -696,6 +705,13 @@ def bad_inputs(pair, root):
     busy = root / "busy"
     busy.mkdir()
     (busy / "metrics.jsonl").write_text("")
+    (root / "saved" / "checkpoint-000001").mkdir(parents=True)
+
+    def tiny(**changes):
+        regime = dict(teachers={"a": "+"}, mixture={"+": 1.0}, student_loss=9.0, settings={})
+        base = dict(digits=3, pretrain_lr=1e-3, pretrain_steps=1, teacher_loss=9.0, regimes={"foreign": regime | changes},
+                    **{k: dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2) for k in ("teacher", "student")})
+        return ["--output-dir", new(), "--config", config(json.dumps({"tiny": base}))[1]]
     (root / "afile").write_text("x")
     (root / "empty").mkdir()
 
@@ -758,6 +774,12 @@ def bad_inputs(pair, root):
         ("prompt beyond the teacher's vocabulary", student(vocabulary(lambda t: t.replace('"<unk>": 15', '"<unk>": 15, "Q": 16'))) + ["--prompts", prompts('{"prompt": "1Q"}')[5]], "'Q'"),
         ("weights of another shape", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64'))), "shape"),
         ("output a file", run(output_dir=root / "afile"), "output folder"), ("output under a file", run(output_dir=root / "afile" / "x"), "output folder"),
+        ("output with checkpoints", run(output_dir=root / "saved"), "--resume"), ("output not UTF-8", run(output_dir=str(root) + "/\udcff"), "output folder"),
+        ("tiny teacher elsewhere", tiny(teachers={"../x": "+"}), "plain names"), ("tiny without mixture", tiny(mixture=None), "tiny"),
+        ("tiny shares do not add up", tiny(mixture={"+": 0.5}), "tiny"), ("steps beyond all folders", run(steps=10 ** 6), "<= 999999"),
+        ("batch beyond memory", run(batch_size=10 ** 10), "<= 1000000"), ("seed too large", run(seed=2 ** 64), "seed"),
+        ("compare no steps", run(compare=True, steps=0, eval_prompts=pair / "prompts.jsonl"), "--steps"),
+        ("EOS is no number", student(lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "x"}')), "error"),
         ("output in use", run(output_dir=busy), "--resume"), ("output unwritable", run(output_dir="/proc/nowhere"), "output folder"),
     ]
     if not torch.cuda.is_available():
@@ -769,7 +791,7 @@ def test_bad_input_gives_one_line_and_status_2(pair, tmp_path, capsys):
     for name, argv, needle in bad_inputs(pair, tmp_path):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            f.main(argv)
+            f.main(list(map(str, argv)))
         error = capsys.readouterr().err
         assert stop.value.code == 2, name
         assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000, (name, error)
@@ -922,6 +944,18 @@ def test_resume_refuses_other_prompts_and_a_broken_checkpoint(pair, tmp_path, ca
         errors.append(capsys.readouterr().err)
         save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
     assert "before it" in errors[0] and "KeyError" in errors[1] and "other prompts" in errors[2]
+
+
+@pytest.mark.parametrize("change", [{"step": 99}, {"step": "2"}, {"prompts": None}, {"settings": {}}, {"settings": 3}])
+def test_a_mangled_trainer_state_is_one_line(pair, tmp_path, capsys, change):
+    argv = flags(pair, tmp_path / "out", steps=1)
+    f.main(argv)
+    path = tmp_path / "out" / "checkpoint-000001" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SystemExit) as stop:
+        f.main(argv + ["--resume"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_alone(pair, tmp_path, capsys, monkeypatch):
