@@ -261,7 +261,7 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, config):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, config.temperature
-        self.chunk = 128 if config.device == "cpu" else 1024
+        self.device, self.chunk = config.device, 128 if config.device == "cpu" else 1024
         half = config.dtype == "bfloat16"
         self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=half)
 
@@ -278,6 +278,11 @@ class Policy(nn.Module):
             weight = self.model.get_output_embeddings().weight[:self.vocab_size]  # [V, D]
             return token_log_probs_and_entropy(hidden, weight, ids[response], self.temperature, self.chunk)
 
+    def logits(self, ids):
+        """All of them, [b, L, V]: for the self-test only."""
+        with self.autocast():
+            return upcast(self.model(ids).logits[..., :self.vocab_size])
+
     @torch.no_grad()
     def sample(self, prompts, uniforms, eos_ids, pad_id):
         """One response to each prompt. prompts: b lists of ids, uniforms [b, T] -> tokens, log_probs [b, T].
@@ -286,7 +291,7 @@ class Policy(nn.Module):
         must not pay b times for its longest row. What follows a row's EOS means nothing.
         """
         assert uniforms.dtype == torch.float64
-        (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.model.device
+        (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.device
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # [b, width]
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         tokens = torch.full((b, length), pad_id, device=device)
@@ -324,6 +329,7 @@ class Run:
     student: Policy = None
     trained: nn.Module = None  # the student as the update sees it: plain, in DDP, or sharded
     teachers: dict = field(default_factory=dict)  # name -> Policy
+    mesh: object = None  # the ranks, if models are sharded over them
     optimizer: torch.optim.Optimizer = None
     generation_config: object = None  # the checkpoint's own, kept for saving
     eos_ids: set = None
@@ -951,7 +957,7 @@ def load_model(folder, dtype, vocab_size, longest, config):
     if longest > limit:
         raise UserError(f"model of {folder}: prompt and response may take {longest} tokens, its positions "
                         f"end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
-    return model.to(config.device).eval()  # no dropout: the policy that is trained is the one that wrote
+    return model.eval()  # no dropout: the policy that is trained is the one that wrote
 
 def shared_vocabulary(student, teacher, name):
     """The width of the vocabulary that both tokenizers know, compared id by id. The widths of the embeddings
@@ -1010,6 +1016,8 @@ def load(config):
     student_folder = newest_checkpoint(config)[0] if config.resume else student_folder
     model = load_model(student_folder, torch.float32, vocab_size, longest, config)
     run.student, run.generation_config = Policy(model, vocab_size, config), model.generation_config
+    run.mesh = init_device_mesh(config.device, (world_size(),)) if config.shard and world_size() > 1 else None
+    place(run, run.student)
     run.eos_ids = end_ids(model, tokenizer, config, vocab_size)
     run.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
     # Replaced, not overridden: what a passed config leaves unset is filled from the checkpoint's (top_k 20).
@@ -1025,18 +1033,41 @@ def load(config):
         for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
             if turn == rank():
                 dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
-                teacher = load_model(folder, dtype, vocab_size, longest, config)
+                teacher = load_model(folder, dtype, vocab_size, longest, config).requires_grad_(False)
+                run.teachers[name] = Policy(teacher, vocab_size, config)
+                place(run, run.teachers[name])
             barrier()
-        run.teachers[name] = Policy(teacher.requires_grad_(False), vocab_size, config)
         ends = end_ids(teacher, theirs[name], config, vocab_size)
         note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
              ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
         if theirs[name].chat_template != tokenizer.chat_template and config.chat_template == "auto":
             note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
-    self_test(run)
+    run.trained = DistributedDataParallel(run.student) if world_size() > 1 and not run.mesh else run.student
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True,
+                                      weight_decay=config.weight_decay)
     report_memory(run)
-    wrap(run)
     return run
+
+def place(run, policy):
+    """Move a policy from the host to the device: all of it, or with --shard this rank's part."""
+    config, student = run.config, policy is run.student
+    if student and config.gradient_checkpointing:  # torch's: transformers' needs training mode, so dropout
+        for layer in policy.layers():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if not run.mesh:
+        policy.to(config.device)
+        return
+    # The student stays whole from its first sampled token to the backward pass: gathering it for every token
+    # would cost far more than the memory is worth. Teachers are gathered layer by layer.
+    options = dict(mesh=run.mesh, reshard_after_forward=not student)
+    if student and config.dtype == "bfloat16":
+        # Inputs are left alone: uniforms in bf16 would be 1 now and then, and draw the last token.
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in policy.layers():
+        fully_shard(layer, **options)
+    fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
+    for method in ("sample", "logits"):
+        register_fsdp_forward_method(policy, method)
 
 def self_test(run):
     """Scoring a rollout must find what a plain forward finds, and the student's what its sampler found."""
@@ -1047,9 +1078,9 @@ def self_test(run):
     ids = torch.tensor([prompt + tokens[0, :n].tolist()], device=config.device)  # [1, L]
     response = torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt)
     for name, policy in {"the student": run.student, **run.teachers}.items():
-        with torch.no_grad(), policy.autocast():
+        with torch.no_grad():
             scored = policy(ids, response)[0]  # [n]
-            logits = upcast(policy.model(ids).logits[0, len(prompt) - 1:-1, :policy.vocab_size])  # [n, V]
+            logits = policy.logits(ids)[0, len(prompt) - 1:-1]  # [n, V]
         plain = (logits / config.temperature).log_softmax(1).gather(1, ids[response][:, None])[:, 0]  # [n]
         gap, own = (scored - plain).abs().max().item(), 0.0
         if policy is run.student:
@@ -1073,31 +1104,6 @@ def report_memory(run):
          f"{name} {size(t) / 1e6:.1f} M in {str(t.model.dtype)[6:]}" for name, t in run.teachers.items())
          + f"; compute {config.dtype} on {config.device}; {gb:.2f} of {there:.0f} GB before activations",
          gb > there and "this will not fit; use more ranks with --shard, or smaller models")
-
-def wrap(run):
-    """The student as the ranks train it, and its optimizer."""
-    config, run.trained = run.config, run.student
-    if config.gradient_checkpointing:  # torch's: that of transformers needs training mode, and so dropout
-        for layer in run.student.layers():
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    if config.shard and world_size() > 1:
-        # The student stays whole from its first sampled token to the backward pass: gathering it for every
-        # token would cost far more than the memory is worth. Teachers are gathered layer by layer.
-        mesh = init_device_mesh(config.device, (world_size(),))
-        for policy in [run.student, *run.teachers.values()]:
-            options = dict(mesh=mesh, reshard_after_forward=policy is not run.student)
-            if policy is run.student and config.dtype == "bfloat16":
-                # Inputs are left alone: uniforms in bf16 would be 1 now and then, and draw the last token.
-                options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32,
-                                                            cast_forward_inputs=False)
-            for layer in policy.layers():
-                fully_shard(layer, **options)
-            fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
-        register_fsdp_forward_method(run.student, "sample")
-    elif world_size() > 1:
-        run.trained = DistributedDataParallel(run.student)
-    run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True,
-                                      weight_decay=config.weight_decay)
 
 
 # --- Checkpoints and the log --------------------------------------------------------------------------------
@@ -1404,6 +1410,7 @@ def train(config):
     started, failures, run = time.time(), 0, load(config)
     if config.resume:
         resume(run)
+    self_test(run)  # only now: a forward leaves a sharded student whole, the optimizer wants its shards
     going = evaluate(run) if due(run, config.eval_every) else True
     with progress(config.steps, "distil") as bar:
         bar.update(run.step)

@@ -513,6 +513,20 @@ def test_several_updates_clip_a_ratio_that_has_moved(pair, tmp_path):
     assert f.train_step(run)[0]["clip_fraction"] == 0
 
 
+def test_the_old_policy_is_this_very_pass_or_with_several_updates_the_sampler(pair, tmp_path, monkeypatch):
+    seen, loss = [], f.policy_loss
+    monkeypatch.setattr(f, "policy_loss", lambda *a: seen.append(a) or loss(*a))
+    run = loaded(pair, tmp_path / "one", filter_percentile=0, clip_ratio=0.3)
+    f.update(run, scored_step(run))
+    assert torch.equal(seen[0][0], seen[0][1]) and not seen[0][1].requires_grad and seen[0][6] == 0.3
+    run = loaded(pair, tmp_path / "two", filter_percentile=0, updates_per_rollout=2)
+    rollouts = scored_step(run)
+    f.update(run, rollouts)
+    old = torch.cat([args[1] for args in seen[1:]])
+    assert sorted(old.sum(1).tolist()) == sorted(rollouts.log_probs.sum(1).tolist())
+    assert not torch.allclose(seen[2][0], seen[2][1])  # the student has moved since it wrote
+
+
 def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
     grads = []
     for name, extra in (("a", {}), ("b", dict(gradient_checkpointing=True))):
@@ -820,7 +834,7 @@ def test_what_is_printed_cannot_move_the_cursor(pair, tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch):
+def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch, capsys):
     forward = Qwen3ForCausalLM.forward
 
     def capped(self, *args, **kwargs):
@@ -829,8 +843,9 @@ def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkey
         return out
 
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
-    with pytest.raises(f.UserError, match="caps its logits"):
-        loaded(pair, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        f.main(flags(pair, tmp_path / "out"))
+    assert "caps its logits" in capsys.readouterr().err
 
 
 def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
