@@ -1286,6 +1286,8 @@ def pretrain(shape, domains, target_loss, tiny, seed, label):
             bar.set_postfix(loss=smooth)
             if smooth < target_loss:
                 break
+    if smooth >= target_loss:
+        note(f"{label} was to reach loss {target_loss}", "it has not learned its task; try another seed")
     count = sum(p.numel() for p in model.parameters())
     say(f"{label}: {count:,} parameters, loss {smooth:.3f} after {step} steps")
     return model
