@@ -1524,8 +1524,10 @@ def main(argv=None):
         if sys.flags.dev_mode:
             raise
         fail(f"{type(error).__name__}: {error}; python -X dev shows where; complete checkpoints are intact")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if dist.is_initialized():  # done, saved, and past the last collective: Gloo's teardown may abort even so
+        barrier()
+        sys.stdout.flush()
+        os._exit(0 if finished else 130)
     if not finished:
         raise SystemExit(130)
 
