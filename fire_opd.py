@@ -1042,7 +1042,9 @@ def load(config):
              ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
         if theirs[name].chat_template != tokenizer.chat_template and config.chat_template == "auto":
             note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
-    run.trained = DistributedDataParallel(run.student) if world_size() > 1 and not run.mesh else run.student
+    run.trained = run.student
+    if world_size() > 1 and not run.mesh:  # bucket view: no second copy of the gradients
+        run.trained = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True,
                                       weight_decay=config.weight_decay)
     report_memory(run)
