@@ -3,16 +3,16 @@
 The student writes, the teacher grades every token that the student wrote, the student moves towards the
 teacher. FiRe-OPD adds two selections to this: it drops the trajectories that the teacher finds least likely
 (Filter) and weighs the tokens of the others by how sure the teacher and how unsure the student is (Reweight).
-One step, and where to read it (pi_S is the student, pi_T the teacher, y a rollout of T tokens):
+One step, and where to read it (pi_S is the student, pi_T the teacher, H an entropy, y a rollout):
 
-  1. rollout    y ~ pi_S(.|x), sampled from exactly softmax(logits / temperature)         Policy.sample
-  2. score      log pi_T(y_t) and the entropy H_T,t, in chunks over the vocabulary        Policy.forward
+  1. rollout    y ~ pi_S(.|x), sampled from exactly softmax(logits / temperature)         rollout
+  2. score      log pi_T(y_t) and H_T,t, in chunks over the vocabulary                    score
   3. filter     s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the whole step   filter_trajectories
   4. reweight   w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S), mean 1    token_weights
   5. loss       the clipped policy gradient of w_t A_t, advantage A_t = log(pi_T / pi_S)  policy_loss
   6. update     one AdamW step from the kept tokens of all micro-batches and ranks        update
 
-The step that puts these together is `train_step`; the loop around it is `train`, at the end of the file.
+`train_step` puts these together, `train` is the loop around it; what follows after `train` can be skipped.
 
     python fire_opd.py                                           # a tiny pair, no download, under a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                     # real models, one GPU
@@ -24,7 +24,7 @@ divergences, an inference server, learning-rate schedules, logging services (met
 """
 
 import argparse, contextlib, dataclasses, datetime, difflib, hashlib, json, math, os, re, resource, shutil
-import signal, socket, sys, threading, time, warnings
+import signal, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -131,7 +131,8 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     def valid(x):  # masked before exp(): an infinity off the mask would make the gradient 0 * inf = NaN
         return upcast(x).masked_fill(~mask, 0)
 
-    weighted = valid(weights.detach()) * valid((teacher_log_probs - old_log_probs).detach())  # w_t A_t [B, T]
+    advantages = valid((teacher_log_probs - old_log_probs).detach())  # [B, T]
+    weighted = valid(weights.detach()) * advantages  # [B, T]
     ratio = (valid(log_probs) - valid(old_log_probs.detach())).exp()  # [B, T]
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
     return -objective.sum() / num_tokens
@@ -140,54 +141,46 @@ class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
 
     At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
-    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again. The
-    chunks share their buffers: on a CPU, touching fresh memory for each costs as much as the matrix product.
+    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again.
     """
 
     @staticmethod
-    def logits(h, w, temperature, buffer):  # [chunk, D], [V, D] -> [chunk, V], shifted to a maximum of 0
-        z = buffer[:len(h)]
-        z = torch.mm(h, w.T, out=z) if h.dtype == z.dtype else z.copy_(h @ w.T)
-        return z.div_(temperature).sub_(z.amax(1, keepdim=True))
+    def logits(h, w, temperature):  # [chunk, D], [V, D] -> [chunk, V]
+        return upcast(h @ w.T).div_(temperature)
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        high, w = torch.promote_types(hidden.dtype, torch.float32), weight.to(dtype)
-        buffers = [hidden.new_empty(min(chunk, len(hidden)), len(w), dtype=high) for _ in range(2)]
-        log_probs, entropy = (hidden.new_empty(len(hidden), dtype=high) for _ in range(2))
-        chunks = (x.split(chunk) for x in (hidden.to(dtype), targets, log_probs, entropy))
-        for h, y, log_p, H in zip(*chunks):
-            z = ChunkedLogProbs.logits(h, w, temperature, buffers[0])
-            exp = torch.exp(z, out=buffers[1][:len(h)])
-            total = exp.sum(1)
-            log_p.copy_(z.gather(1, y[:, None])[:, 0] - total.log())
-            H.copy_(total.log() - exp.mul_(z).sum(1) / total)  # -sum p log p with log p = z - log total
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.temperature, ctx.chunk = temperature, chunk
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.chunk, ctx.dtype, ctx.high = temperature, chunk, dtype, high
+        w, log_probs, entropy = weight.to(ctx.dtype), [], []
+        for h, y in zip(hidden.to(ctx.dtype).split(chunk), targets.split(chunk)):
+            z = ChunkedLogProbs.logits(h, w, temperature)
+            log_p = z.sub_(z.logsumexp(1, keepdim=True))  # [chunk, V]
+            log_probs.append(log_p.gather(1, y[:, None])[:, 0])
+            entropy.append(-log_p.exp().mul_(log_p).sum(1))
+        entropy = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        return torch.cat(log_probs), entropy
 
     @staticmethod
     def backward(ctx, grad_log_probs, _):
         hidden, weight, targets = ctx.saved_tensors
-        grad_hidden, w = torch.empty_like(hidden), weight.to(ctx.dtype)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        buffer = hidden.new_empty(min(ctx.chunk, len(hidden)), len(w), dtype=ctx.high)
-        chunks = (x.split(ctx.chunk) for x in (hidden.to(ctx.dtype), targets, grad_log_probs, grad_hidden))
-        for h, y, g, grad_h in zip(*chunks):
-            p, g = ChunkedLogProbs.logits(h, w, ctx.temperature, buffer).exp_(), g[:, None] / ctx.temperature
-            # d log pi(y) / d logits = (onehot(y) - p) / temperature
-            grad = p.mul_(-g / p.sum(1, keepdim=True)).scatter_add_(1, y[:, None], g).to(ctx.dtype)
-            grad_h.copy_(grad @ w)
+        w, grad_hidden = weight.to(ctx.dtype), []
+        grad_weight = torch.zeros_like(weight, dtype=grad_log_probs.dtype)
+        outer = (grad_log_probs / ctx.temperature)[:, None]  # [N, 1]
+        for h, y, g in zip(*(x.split(ctx.chunk) for x in (hidden.to(ctx.dtype), targets[:, None], outer))):
+            p = ChunkedLogProbs.logits(h, w, ctx.temperature).softmax(1)
+            grad = p.mul_(-g).scatter_add_(1, y, g).to(ctx.dtype)  # d log p_y / d logits = onehot(y) - p
+            grad_hidden.append(grad @ w)
             if grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, h)
+                grad_weight.addmm_(grad.T, h)  # no second [V, D]
             else:
                 grad_weight += grad.T @ h
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return torch.cat(grad_hidden).to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
 
-def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128):
+def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=64):
     """log pi(target_n) and H_n of pi = softmax(hidden W^T / temperature), never whole over [N, V].
 
     hidden [N, D], lm_head_weight [V, D], targets [N] -> log_probs [N] (differentiable) and
@@ -211,7 +204,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-# --- Ranks --------------------------------------------------------------------------------------------------
+# --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
 
 def rank():
     return int(os.environ.get("RANK", 0))
@@ -229,11 +222,15 @@ def share(table):
 def barrier():
     share(torch.zeros(1))
 
-STOP = threading.Event()  # set by SIGTERM or SIGINT, looked at between the pieces of work before an update
+class Stopped(Exception):
+    """The run was told to stop and has left its step before the update."""
 
-def stopping():
-    """Whether any rank was told to stop. Asked together, so that all ranks leave the step at one place."""
-    return bool(share(torch.tensor(float(STOP.is_set()))) > 0)
+STOP = threading.Event()  # set by SIGTERM and SIGINT
+
+def stop_if_told():
+    """Asked of all ranks together, so that they leave the step at the same place."""
+    if share(torch.tensor(float(STOP.is_set()))) > 0:
+        raise Stopped
 
 
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
@@ -261,7 +258,7 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, config):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, config.temperature
-        self.device, self.chunk = config.device, 128 if config.device == "cpu" else 1024
+        self.device, self.chunk = config.device, 64 if config.device == "cpu" else 1024
         half = config.dtype == "bfloat16"
         self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=half)
 
@@ -290,7 +287,7 @@ class Policy(nn.Module):
         `generate` runs in segments; rows that have ended leave the batch and its cache between them: a batch
         must not pay b times for its longest row. What follows a row's EOS means nothing.
         """
-        assert uniforms.dtype == torch.float64
+        assert uniforms.dtype == torch.float64  # rounded to less, one could be 1
         (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.device
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # [b, width]
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -320,21 +317,30 @@ class Policy(nn.Module):
 SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)
 
 @dataclass
+class Prompt:
+    ids: list  # token ids, the same for the student and its teacher
+    answer: str  # None if unknown
+    teacher: str  # the name of the teacher that grades it
+    group: str  # evaluation figures are also given per group
+
+@dataclass
 class Run:
-    """What a run holds: made by `load`, used by every phase."""
+    """What a run holds: filled by `load`, used by every phase."""
     config: object
-    tokenizer: object
-    prompts: list
-    eval_prompts: list
+    prompts: list = field(default_factory=list)
+    eval_prompts: list = field(default_factory=list)
+    tokenizer: object = None
+    vocab_size: int = 0  # ids that the student and all teachers share
+    eos_ids: set = None
+    pad_id: int = 0
     student: Policy = None
     trained: nn.Module = None  # the student as the update sees it: plain, in DDP, or sharded
     teachers: dict = field(default_factory=dict)  # name -> Policy
     mesh: object = None  # the ranks, if models are sharded over them
     optimizer: torch.optim.Optimizer = None
     generation_config: object = None  # the checkpoint's own, kept for saving
-    eos_ids: set = None
-    pad_id: int = 0
     step: int = 0  # steps done
+    failures: int = 0  # steps without an update, since the last one with
     evaluated: int = -1  # the step of the last evaluation
 
 @dataclass
@@ -357,22 +363,30 @@ class Rollouts:
         """Prompt + response tokens of each row."""
         return [len(prompt.ids) + n for prompt, n in zip(self.prompts, self.mask.sum(1).tolist())]
 
+    def of_teacher(self, name):
+        """Which rows this teacher grades, [B] bool."""
+        return torch.tensor([prompt.teacher == name for prompt in self.prompts])
+
 def train_step(run):
-    """One step of FiRe-OPD. -> metrics, rollouts; None if the run was told to stop before its update."""
-    clock = [time.perf_counter()]
-    rollouts = rollout(run, step_prompts(run), SAMPLE, run.step)  # 1. the student writes
-    clock.append(time.perf_counter())
-    if rollouts is None or not score(run, rollouts):  # 2. the teacher grades
-        return None
-    clock.append(time.perf_counter())
+    """One step of FiRe-OPD. -> metrics, rollouts. Raises Stopped if told to before the update."""
+    seconds = {}
+    with timed(seconds, "rollout"):
+        rollouts = rollout(run, step_prompts(run), SAMPLE, run.step)  # 1. the student writes
+    with timed(seconds, "score"):
+        score(run, rollouts)  # 2. the teacher grades
     rollouts.keep = choose_trajectories(run.config, rollouts, run.step)  # 3. filter
-    metrics = update(run, rollouts)  # 4. reweight, 5. loss, 6. update
-    if run.config.device == "cuda":  # rollout and score end in a copy to the CPU, AdamW does not
+    with timed(seconds, "update"):
+        metrics = update(run, rollouts)  # 4. reweight, 5. loss, 6. update
+    metrics |= measure_step(run, rollouts) | speed(run, rollouts, seconds)
+    return dict(step=run.step + 1) | metrics, rollouts
+
+@contextlib.contextmanager
+def timed(seconds, phase):
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():  # kernels are only queued: wait for them
         torch.cuda.synchronize()
-    clock.append(time.perf_counter())
-    seconds = dict(zip(("rollout", "score", "update"), np.diff(clock).tolist()))
-    metrics = dict(step=run.step + 1) | metrics | measure(run, rollouts) | speed(run, rollouts, seconds)
-    return metrics, rollouts
+    seconds[phase] = time.perf_counter() - start
 
 def step_prompts(run):
     """The prompts of this step: each epoch is a fresh permutation of all of them."""
@@ -383,7 +397,7 @@ def step_prompts(run):
     return [run.prompts[order[epoch][i]] for epoch, i in places for _ in range(config.rollouts_per_prompt)]
 
 def rollout(run, prompts, *key):
-    """Step 1. The student writes one response to each prompt. -> Rollouts, or None if the run is to stop.
+    """Step 1. The student writes one response to each prompt. -> Rollouts
 
     The uniforms of row i are a function of (seed, key, i) alone: not of the rank that writes it, nor of its
     batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run up to the rounding of floats,
@@ -398,26 +412,26 @@ def rollout(run, prompts, *key):
         uniforms = [np.random.default_rng((config.seed, *key, i)).random(tokens.shape[1]) for i in rows]
         tokens[rows], log_probs[rows] = run.student.sample(
             [prompts[i].ids for i in rows], torch.from_numpy(np.stack(uniforms)), run.eos_ids, run.pad_id)
-    if stopping():
-        return None
+    stop_if_told()
     share(tokens), share(log_probs)
     mask = response_mask(tokens, run.eos_ids)
-    ended, log_probs = (is_eos(tokens, run.eos_ids) & mask).any(1), log_probs.masked_fill(~mask, 0)
+    ended = (is_eos(tokens, run.eos_ids) & mask).any(1)
+    log_probs = log_probs.masked_fill(~mask, 0)
     width = int(mask.sum(1).max())  # no table need be wider than the longest response
     return Rollouts(prompts, tokens[:, :width], mask[:, :width], ended, log_probs[:, :width])
 
 @torch.no_grad()
 def score(run, rollouts):
-    """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; then s. -> False if the run is to stop"""
-    tables = log_probs, entropy = torch.zeros(rollouts.mask.shape), torch.zeros(rollouts.mask.shape)  # [B, T]
+    """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; their means are the trajectory scores."""
+    log_probs, entropy = torch.zeros(rollouts.mask.shape), torch.zeros(rollouts.mask.shape)  # [B, T]
     for name, teacher in run.teachers.items():
-        rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
+        rows = rollouts.of_teacher(name).nonzero()[:, 0].tolist()
         for micro in micro_batches(rows, rollouts.lengths(), run.config.micro_batch_tokens):
-            for table, flat in zip(tables, teacher(*pack(rollouts, micro, run.config.device))):
-                table[micro] = unpack(flat.float().cpu(), rollouts.mask[micro])
+            flat = teacher(*pack(rollouts, micro, run.config.device))  # [n], [n]
+            log_probs[micro], entropy[micro] = (unpack(x.float().cpu(), rollouts.mask[micro]) for x in flat)
     rollouts.teacher_log_probs, rollouts.teacher_entropy = share(log_probs), share(entropy)
     rollouts.scores = trajectory_scores(log_probs, rollouts.mask)
-    return not stopping()
+    stop_if_told()
 
 def choose_trajectories(config, rollouts, step):
     """Step 3. keep [B]: by the teacher's likelihood, or (a control) as many at random."""
@@ -429,8 +443,8 @@ def choose_trajectories(config, rollouts, step):
         return filter_trajectories(scores, config.filter_percentile)
     keep = torch.zeros(len(scores), dtype=torch.bool)
     for name in {prompt.teacher for prompt in rollouts.prompts}:
-        mine = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
-        keep[mine] = filter_trajectories(scores[mine], config.filter_percentile)
+        own = rollouts.of_teacher(name)
+        keep[own] = filter_trajectories(scores[own], config.filter_percentile)
     return keep
 
 def choose_tokens(config, weights, mask, rows, step):
@@ -450,27 +464,17 @@ def choose_tokens(config, weights, mask, rows, step):
 def update(run, rollouts):
     """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics.
 
-    They are dealt into mini-batches, one optimizer update each (one by default); a mini-batch is cut into
-    micro-batches, one forward and backward each, that fit into memory. The cut must not change the gradient.
+    They are dealt into mini-batches, one optimizer update each (one by default). Fills the tables of the
+    training pass.
     """
-    config, lengths = run.config, rollouts.lengths()
-    kept = rollouts.keep.nonzero()[:, 0].tolist()
-    for name in ("student_log_probs", "student_entropy", "weights"):
-        setattr(rollouts, name, torch.zeros(rollouts.mask.shape))
+    parts, kept = run.config.updates_per_rollout, rollouts.keep.nonzero()[:, 0].tolist()
+    tables = rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights = [
+        torch.zeros(rollouts.mask.shape) for _ in range(3)]
     losses, norms, skipped = [], [], 0
-    for part in range(min(config.updates_per_rollout, max(1, len(kept)))):
-        rows = kept[part::config.updates_per_rollout]
-        # Counted before the cut: of tokens, or, for the mean over trajectories, of these.
-        count = int(rollouts.mask[rows].sum()) if config.loss_agg == "token-mean" else len(rows)
-        micros, loss = micro_batches(rows, lengths, config.micro_batch_tokens), torch.zeros(())
-        for number, micro in enumerate(micros):
-            with gradient_exchange(run.trained, last=number == len(micros) - 1):
-                piece = micro_batch_loss(run, rollouts, micro, count)
-                (piece * world_size()).backward()  # DDP and FSDP average over the ranks; these pieces add
-            loss += piece.detach().cpu()
-        loss = share(loss).item()
-        norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    for rows in [kept[part::parts] for part in range(parts)][:max(1, len(kept))]:
+        loss = backward(run, rollouts, rows)
+        norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded student
         if rows and math.isfinite(norm) and math.isfinite(loss):
             run.optimizer.step()
             losses.append(loss)
@@ -478,12 +482,29 @@ def update(run, rollouts):
         else:  # the weights stay as they are
             skipped += 1
         run.optimizer.zero_grad(set_to_none=True)
-    for table in (rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights):
+    for table in tables:
         share(table)
+    mean = lambda values: sum(values) / len(values) if values else math.nan
     return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=skipped)
 
+def backward(run, rollouts, rows):
+    """Accumulate the gradient of these rows, in micro-batches that fit into memory. -> their loss.
+
+    However they are cut, over micro-batches and ranks, the gradient is the same: what divides it is counted
+    before the cut.
+    """
+    config, loss = run.config, torch.zeros(())
+    count = int(rollouts.mask[rows].sum()) if config.loss_agg == "token-mean" else len(rows)
+    micros = micro_batches(rows, rollouts.lengths(), config.micro_batch_tokens)
+    for number, micro in enumerate(micros):
+        with gradient_exchange(run.trained, last=number == len(micros) - 1):
+            piece = micro_batch_loss(run, rollouts, micro, count)
+            (piece * world_size()).backward()  # DDP and FSDP average over the ranks; these pieces add
+        loss += piece.detach().cpu()
+    return share(loss).item()
+
 def micro_batch_loss(run, rollouts, rows, count):
-    """The student's one pass over these rows, their weights, and their share of the step's loss.
+    """The student's one pass over these rows, their weights, and their share of the mini-batch's loss.
 
     With one update a rollout this pass is the old policy too: its own detached log-probs make the ratio
     exactly 1, which the sampler's would not, computed by other kernels. With more updates the sampler's are
@@ -496,9 +517,9 @@ def micro_batch_loss(run, rollouts, rows, count):
     log_probs, entropy = (unpack(x, mask) for x in run.trained(*pack(rollouts, rows, device)))  # [b, T]
     weights = token_weights(teacher_entropy, entropy, mask, config.alpha, config.beta)
     weights = choose_tokens(config, weights, mask, rows, run.step)
-    for table, values in ((rollouts.student_log_probs, log_probs), (rollouts.student_entropy, entropy),
-                          (rollouts.weights, weights)):
-        table[rows] = values.detach().float().cpu()
+    rollouts.student_log_probs[rows] = log_probs.detach().float().cpu()
+    rollouts.student_entropy[rows] = entropy.float().cpu()
+    rollouts.weights[rows] = weights.float().cpu()
     if config.updates_per_rollout == 1:
         old_log_probs = log_probs.detach()
     if config.loss_agg == "seq-mean":  # each trajectory's own mean; count is then that of the trajectories
@@ -544,9 +565,6 @@ def gradient_exchange(trained, last):
     with trained.no_sync() if wait else contextlib.nullcontext():
         yield
 
-def mean(values):
-    return sum(values) / len(values) if values else math.nan
-
 
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
 
@@ -562,46 +580,51 @@ def is_correct(response, answer):
     numbers = re.findall(r"-?\d[\d,]*\.?\d*", response)
     return response.strip() == answer.strip() or bool(numbers) and clean(numbers[-1]) == clean(answer)
 
-def measure(run, rollouts):
-    """The figures of these rollouts, from the tables alone: the same on every rank. -> dict of floats."""
+def measure(run, rollouts, groups):
+    """Figures of groups of rows, from the tables alone: the same on every rank.
+
+    groups: suffix -> rows [B] bool -> {figure + suffix: float}, NaN for a group without rows.
+    """
     figures, B = {}, len(rollouts.prompts)
-    scored = rollouts.scores.isfinite()  # [B]
-    mask, lengths = rollouts.mask & scored[:, None], rollouts.mask.sum(1).float()  # [B, T], [B]
     log_ratio = rollouts.log_probs - rollouts.teacher_log_probs  # [B, T] k1 estimate of the reverse KL
+    responses = rollouts.mask.sum(1).float()  # [B]
     correct = torch.full((B,), math.nan)  # [B] where an answer is known
     for i, prompt in enumerate(rollouts.prompts):
         if prompt.answer is not None:
-            response = rollouts.tokens[i][rollouts.mask[i]]
-            correct[i] = is_correct(run.tokenizer.decode(response, skip_special_tokens=True), prompt.answer)
-
-    def add(suffix, rows):  # the figures of some of the rows [B] bool
-        figures.update({f"reverse_kl{suffix}": log_ratio[mask & rows[:, None]].mean(),
-                        f"length{suffix}": lengths[rows].mean(),
-                        f"truncated{suffix}": 1 - rollouts.ended[rows].float().mean()})
+            text = run.tokenizer.decode(rollouts.tokens[i][rollouts.mask[i]], skip_special_tokens=True)
+            correct[i] = is_correct(text, prompt.answer)
+    for suffix, rows in groups.items():
+        scored = rows & rollouts.scores.isfinite()  # [B]
+        valid = rollouts.mask & scored[:, None]  # [B, T]
+        figures[f"reverse_kl{suffix}"] = log_ratio[valid].mean()
+        figures[f"score{suffix}"] = rollouts.scores[scored].mean()
+        figures[f"teacher_entropy{suffix}"] = rollouts.teacher_entropy[valid].mean()
+        figures[f"response_length{suffix}"] = responses[rows].mean()
+        figures[f"truncated_ratio{suffix}"] = 1 - rollouts.ended[rows].float().mean()
         if not correct[rows].isnan().all():
             figures[f"exact_match{suffix}"] = correct[rows].nanmean()
+    return {name: float(value) for name, value in figures.items()}
 
-    add("", torch.ones(B, dtype=torch.bool))
-    figures["score"] = rollouts.scores[scored].mean()
-    figures["teacher_entropy"] = rollouts.teacher_entropy[mask].mean()
-    if rollouts.keep is None:  # an evaluation
-        groups = [prompt.group for prompt in rollouts.prompts]
-        for group in sorted(set(groups) - {""}):
-            add(f"/{group}", torch.tensor([g == group for g in groups]))
-        return {name: float(value) for name, value in figures.items()}
-    keep, kept = rollouts.keep, rollouts.mask & rollouts.keep[:, None]
-    add("_dropped", ~keep)
-    add("_kept", keep)
-    heaviest = torch.arange(mask.shape[1]) < (lengths / 10).ceil()[:, None]  # [B, T] a tenth of each row
-    shares = (rollouts.weights.sort(1, descending=True).values * heaviest).sum(1) / lengths  # [B]
-    figures |= dict(keep_ratio=keep.float().mean(), weight_top_decile=shares[keep].mean(),
-                    student_entropy=rollouts.student_entropy[kept].mean(), clip_fraction=0.0)
+def measure_step(run, rollouts):
+    """The figures of a training step: of all rows, of the kept, of the dropped, and of the weights."""
+    keep, everything = rollouts.keep, torch.ones(len(rollouts.prompts), dtype=torch.bool)
+    figures = measure(run, rollouts, {"": everything, "_kept": keep, "_dropped": ~keep})
+    mask = rollouts.mask & keep[:, None]  # [B, T]
+    weights, responses = rollouts.weights[mask], rollouts.mask.sum(1)  # [n], [B]
+    heaviest = torch.arange(mask.shape[1]) < (responses / 10).ceil()[:, None]  # [B, T] a tenth of each row
+    decile = (rollouts.weights.sort(1, descending=True).values * heaviest).sum(1) / responses  # [B]
+    ratio = torch.ones(1)
     if run.config.updates_per_rollout > 1:
-        ratio = (rollouts.student_log_probs - rollouts.log_probs)[kept].exp()
-        figures["clip_fraction"] = ((ratio - 1).abs() > run.config.clip_ratio).float().mean()
+        ratio = (rollouts.student_log_probs - rollouts.log_probs)[mask].exp()  # [n]
+    figures |= dict(
+        keep_ratio=keep.float().mean(),
+        filter_threshold=min(rollouts.scores[keep].tolist(), default=math.nan),
+        student_entropy=rollouts.student_entropy[mask].mean(),
+        weight_ess=weights.sum() ** 2 / (weights ** 2).sum() / len(weights),
+        weight_top_decile=decile[keep].mean(),
+        clip_fraction=((ratio - 1).abs() > run.config.clip_ratio).float().mean())
     for name in run.teachers if len(run.teachers) > 1 else ():
-        own = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
-        figures[f"keep_ratio/{name}"] = keep[own].float().mean()
+        figures[f"keep_ratio/{name}"] = keep[rollouts.of_teacher(name)].float().mean()
     return {name: float(value) for name, value in figures.items()}
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
@@ -609,41 +632,44 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on 
 def forward_flops(policy, lengths, responses):
     """Of a dense transformer on rows of these lengths [n], its head on the response tokens [n] only."""
     c = policy.model.config.get_text_config()
-    h, layers, heads = (getattr(c, name, math.nan) for name in (
-        "hidden_size", "num_hidden_layers", "num_attention_heads"))
-    d, kv = getattr(c, "head_dim", None) or h // heads, getattr(c, "num_key_value_heads", None) or heads
-    dense = layers * h * (2 * heads * d + 2 * kv * d + 3 * getattr(c, "intermediate_size", math.nan))
-    return (2 * dense * lengths.sum() + 2 * h * policy.vocab_size * responses.sum()
-            + 2 * layers * heads * d * (lengths ** 2).sum()).item()
+    layers, h = policy.layers(), c.hidden_size
+    blocks = sum(p.numel() for layer in layers for p in layer.parameters())
+    heads = c.num_attention_heads * (getattr(c, "head_dim", None) or h // c.num_attention_heads)
+    return (2 * blocks * lengths.sum() + 2 * h * policy.vocab_size * responses.sum()
+            + 2 * len(layers) * heads * (lengths ** 2).sum()).item()  # causal: half of 4 T^2
 
 def speed(run, rollouts, seconds):
     """Seconds of each phase, response tokens/s, peak memory, MFU: scoring is one forward, an update three."""
-    cuda, keep = run.config.device == "cuda", rollouts.keep
-    device = torch.cuda.get_device_name() if cuda else ""
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), math.nan) * world_size()
-    lengths, responses = torch.tensor(rollouts.lengths()).double(), rollouts.mask.sum(1)
-    scored, trained = 0, 3 * forward_flops(run.student, lengths[keep], responses[keep])
-    for name, teacher in run.teachers.items():
-        own = torch.tensor([prompt.teacher == name for prompt in rollouts.prompts])
-        scored += forward_flops(teacher, lengths[own], responses[own])
+    lengths, responses = torch.tensor(rollouts.lengths()).double(), rollouts.mask.sum(1)  # [B], [B]
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss is in bytes there, in KB elsewhere
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    device = ""
+    if run.config.device == "cuda":
+        device, peak_memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2 ** 30
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), math.nan) * world_size()
+    scoring, keep = 0, rollouts.keep
+    for name, teacher in run.teachers.items():
+        own = rollouts.of_teacher(name)
+        scoring += forward_flops(teacher, lengths[own], responses[own])
+    training = 3 * forward_flops(run.student, lengths[keep], responses[keep])
     return {f"seconds_{phase}": value for phase, value in seconds.items()} | dict(
-        tokens_per_second=int(responses.sum()) / sum(seconds.values()),
-        mfu_score=scored / seconds["score"] / peak, mfu_update=trained / seconds["update"] / peak,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else host)
+        response_tokens=int(responses.sum()), tokens_per_second=int(responses.sum()) / sum(seconds.values()),
+        mfu_score=scoring / seconds["score"] / peak, mfu_update=training / seconds["update"] / peak,
+        peak_memory_gb=peak_memory)
 
 def evaluate(run):
-    """Sample the held-out prompts, always from the same uniforms. -> False if the run is to stop."""
+    """Sample the held-out prompts, always from the same uniforms, and log the figures, also of each group."""
     if run.eval_prompts and run.evaluated != run.step:
         rollouts = rollout(run, run.eval_prompts, EVALUATE)
-        if rollouts is None or not score(run, rollouts):
-            return False
-        figures = measure(run, rollouts)
+        score(run, rollouts)
+        names = [prompt.group for prompt in run.eval_prompts]
+        groups = {"": torch.ones(len(names), dtype=torch.bool)}
+        for group in sorted(set(names) - {""}):
+            groups[f"/{group}"] = torch.tensor([name == group for name in names])
+        figures = measure(run, rollouts, groups)
         say(f"step {run.step}: evaluation: " + ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
         log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
         run.evaluated = run.step
-    return True
 
 def show(run, rollouts):
     """Print kept and dropped rollouts: each token with the teacher's log-prob and weight, or shaded by it."""
@@ -651,39 +677,106 @@ def show(run, rollouts):
     half = run.config.show // 2
     kept, dropped = rollouts.keep.nonzero()[:, 0].tolist(), (~rollouts.keep).nonzero()[:, 0].tolist()
     for i in kept[:run.config.show - half] + dropped[:half]:
-        n = min(int(rollouts.mask[i].sum()), 200)
-        tokens = [visible(decode(token), "") for token in rollouts.tokens[i, :n, None]]
-        weights, grades = rollouts.weights[i, :n].tolist(), rollouts.teacher_log_probs[i, :n].tolist()
-        if color:  # a grey background, the darker the heavier
-            shades = [255 - int(min(weight, 2) * 6) for weight in weights]
-            text = "".join(f"\x1b[48;5;{c};38;5;16m{t}\x1b[0m" for t, c in zip(tokens, shades))
-        else:
-            text = "".join(f"{t}({g:.2f}, {w:.2f}) " for t, g, w in zip(tokens, grades, weights))
-        verdict, legend = "kept" if rollouts.keep[i] else "DROPPED", "shaded by weight" if color else \
-            "token(log pi_T, weight)"
+        text = f"    {visible(decode(rollouts.prompts[i].ids)[-80:], '')} -> "
+        for t in range(min(int(rollouts.mask[i].sum()), 200)):
+            token, w = visible(decode(rollouts.tokens[i, t]), ""), rollouts.weights[i, t].item()
+            if color:  # a grey background, the darker the heavier
+                text += f"\x1b[48;5;{255 - int(min(w, 2) * 6)};38;5;16m{token}\x1b[0m"
+            else:
+                text += f"{token}({rollouts.teacher_log_probs[i, t]:.2f}, {w:.2f}) "
+        legend = "shaded by weight" if color else "token(log pi_T, weight)"
+        verdict = "kept" if rollouts.keep[i] else "DROPPED"
         say(f"{verdict} in step {run.step}, score {rollouts.scores[i]:.3f}, {legend}:")
         if rank() == 0:
-            tqdm.write(f"    {visible(decode(rollouts.prompts[i].ids)[-80:], '')} -> {text}")
+            tqdm.write(text)
+
+
+# --- The run ------------------------------------------------------------------------------------------------
+
+def train(config):
+    """A whole run. Told to stop, it saves where it is and raises Stopped."""
+    started, run = time.time(), load(config)
+    if config.resume:
+        resume(run)
+    self_test(run)  # only now: a forward leaves a sharded student whole, the optimizer wants its shards
+    try:
+        if due(run, config.eval_every):
+            evaluate(run)
+        with progress(config.steps, "distil") as bar:
+            bar.update(run.step)
+            while run.step < config.steps:
+                metrics, rollouts = train_step(run)
+                run.step += 1
+                report(run, bar, metrics, rollouts)
+                stop_if_diverged(run, metrics)
+                if due(run, config.eval_every):
+                    evaluate(run)
+                if due(run, config.save_every):
+                    save_checkpoint(run)
+    except Stopped:
+        saved = save_checkpoint(run) if config.steps else "nothing"
+        say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
+            f"python fire_opd.py --config {config.output_dir}/config.json --resume")
+        raise
+    if config.steps:
+        summary(config, time.time() - started)
+
+def due(run, every):
+    """Whether something is done after this step: at both ends of a run, and in between as often as wanted."""
+    return run.step in (0, run.config.steps) or every and run.step % every == 0
+
+def report(run, bar, metrics, rollouts):
+    log(run, metrics)
+    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {response_length:.0f}, "
+            "{tokens_per_second:.0f} tokens/s").format(**metrics)
+    bar.update()
+    bar.set_postfix_str(line)
+    if bar.disable and run.step % max(1, run.config.steps // 10) == 0:  # no terminal: a line now and then
+        say(f"step {run.step}/{run.config.steps}: {line}")
+    if run.step in (1, run.config.steps):
+        show(run, rollouts)
+
+def stop_if_diverged(run, metrics):
+    run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
+    if run.failures == 3:
+        raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; the last "
+                        f"good weights are in {save_checkpoint(run)}; look at score in metrics.jsonl, lower "
+                        f"--lr, check the teacher with --steps 0")
+
+def summary(config, seconds):
+    """Before and after, both read from the log, and the commands to type next."""
+    (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
+    say(f"\n{'':24}{'before':>10}{'after':>10}")
+    for rows in (evaluations, steps):
+        for name in rows[0] if rows else ():
+            if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|response_length$", name):
+                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
+                say(f"{name:24}{before:10.3f}{after:10.3f}")
+    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
+    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
+        f"{newest}. Next:\n"
+        f"  evaluate  {command} --steps 0 --student {newest}\n"
+        f"  go on     {command} --resume --steps {2 * config.steps}\n"
+        f"  use       transformers.pipeline('text-generation', '{newest}')")
 
 
 # --- Settings: each is named, typed and bounded once; flags, JSON keys, --help and errors follow ------------
 
-def setting(default, group, text, low=None, high=None, above=None, choices=None):
-    """A field of Config. low and high are inclusive bounds, above is an exclusive one."""
-    return field(default=default, metadata=dict(group=group, text=text, low=low, high=high, above=above,
-                                                choices=choices))
+def setting(default, group, text, low=None, high=math.inf, choices=None):
+    """A field of Config. low and high are inclusive."""
+    return field(default=default, metadata=dict(group=group, text=text, low=low, high=high, choices=choices))
 
 @dataclass
 class Config:
     config: str = setting("", "run", "JSON file of settings; the command line wins over it")
     output_dir: str = setting("", "run", "new folder for metrics and checkpoints [runs/<time>]")
     resume: bool = setting(False, "run", "continue the newest checkpoint in --output-dir")
-    steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", low=0, high=999999)
-    seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", low=0, high=2**32 - 1)
-    device: str = setting("auto", "run", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "run", "of the computation; parameters are float32 [auto: bfloat16 on cuda]",
+    steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", 0, 999999)
+    seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", 0, 2**32 - 1)
+    device: str = setting("auto", "run", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", "run", "of the computation; parameters are float32 (auto: bfloat16 on cuda)",
                          choices=("auto", "float32", "bfloat16"))
-    teacher: str = setting("", "models", "checkpoint folder or hub name; of several each as NAME=PATH")
+    teacher: list = setting((), "models", "checkpoint folder or hub name; of several each as NAME=PATH")
     student: str = setting("", "models", "checkpoint folder or hub name")
     trust_remote_code: bool = setting(False, "models", "run model code that a checkpoint brings along")
     shard: bool = setting(False, "models", "FSDP2 instead of DDP: shard student, optimizer, teachers")
@@ -692,36 +785,34 @@ class Config:
     eval_prompts: str = setting("", "data", "held-out prompts in the same format")
     chat_template: str = setting("auto", "data", "auto: the tokenizer's, if any", choices=("auto", "none"))
     enable_thinking: bool = setting(False, "data", "passed on to the chat template")
-    max_prompt_tokens: int = setting(1024, "data", "longer prompts are dropped", low=1)
-    batch_size: int = setting(64, "rollout", "rollouts a step, over all ranks", low=1, high=10**6)
-    rollouts_per_prompt: int = setting(1, "rollout", "rollouts of each prompt in a step", low=1)
-    max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", low=1, high=10**6)
-    temperature: float = setting(1.0, "rollout", "of student and teacher, sampling and scoring", above=0)
-    rollout_batch_size: int = setting(64, "rollout", "rows generated at once on a rank", low=1)
-    filter_percentile: float = setting(20.0, "method", "quantile of scores to reach, in %", low=0, high=100)
-    filter_by: str = setting("likelihood", "method", "likelihood (the teacher's), or random: a control",
-                             choices=("likelihood", "random"))
-    filter_scope: str = setting("step", "method", "one quantile over the step, or one per teacher",
-                                choices=("step", "teacher"))
-    alpha: float = setting(1.0, "method", "strength of teacher confidence in the weights", low=0)
-    beta: float = setting(1.0, "method", "strength of student confusion in the weights", low=0)
-    token_weights: str = setting("soft", "method", "soft, hard: the heaviest half, shuffled: a control",
+    max_prompt_tokens: int = setting(1024, "data", "longer prompts are dropped", 1)
+    batch_size: int = setting(64, "rollout", "rollouts a step, over all ranks", 1, 10**6)
+    rollouts_per_prompt: int = setting(1, "rollout", "rollouts of each prompt in a step", 1)
+    max_new_tokens: int = setting(1024, "rollout", "longest response, in tokens", 1, 10**6)
+    temperature: float = setting(1.0, "rollout", "of student and teacher, sampling and scoring", 1e-6)
+    rollout_batch_size: int = setting(64, "rollout", "rows generated at once on a rank", 1)
+    filter_percentile: float = setting(20.0, "method", "of scores, to be reached to be kept, in %", 0, 100)
+    filter_by: str = setting("likelihood", "method", "random: a control", choices=("likelihood", "random"))
+    filter_scope: str = setting("step", "method", "of one quantile", choices=("step", "teacher"))
+    alpha: float = setting(1.0, "method", "strength of teacher confidence in the weights", 0)
+    beta: float = setting(1.0, "method", "strength of student confusion in the weights", 0)
+    token_weights: str = setting("soft", "method", "hard: 0 or 1 by the same weights; shuffled: a control",
                                  choices=("soft", "hard", "shuffled"))
-    loss_agg: str = setting("token-mean", "method", "mean over tokens, or over trajectories of theirs",
+    loss_agg: str = setting("token-mean", "method", "mean over all tokens, or over trajectories of theirs",
                             choices=("token-mean", "seq-mean"))
-    clip_ratio: float = setting(0.2, "method", "eps of the clipped objective", above=0, high=1)
-    updates_per_rollout: int = setting(1, "method", "mini-batches a step, with one AdamW update each", low=1)
-    lr: float = setting(1e-6, "optimizer", "constant learning rate of AdamW (betas 0.9 and 0.999)", above=0)
-    weight_decay: float = setting(0.01, "optimizer", "decoupled weight decay", low=0)
-    max_grad_norm: float = setting(1.0, "optimizer", "the gradient is clipped to this norm", above=0)
-    micro_batch_tokens: int = setting(8192, "optimizer", "tokens in a forward pass, not of rollouts", low=1)
-    eval_every: int = setting(0, "watch", "steps between evaluations [0: before and after]", low=0)
-    eval_samples: int = setting(256, "watch", "held-out prompts in an evaluation", low=1)
-    save_every: int = setting(0, "watch", "steps between checkpoints [0: at the end]", low=0)
-    keep: int = setting(2, "watch", "checkpoints to keep", low=1)
-    show: int = setting(2, "watch", "rollouts to print after the first and the last step", low=0)
+    clip_ratio: float = setting(0.2, "method", "eps of the clipped objective", 1e-6, 1)
+    updates_per_rollout: int = setting(1, "method", "mini-batches a step, with one AdamW update each", 1)
+    lr: float = setting(1e-6, "optimizer", "constant learning rate of AdamW (betas 0.9, 0.999)", 1e-12)
+    weight_decay: float = setting(0.01, "optimizer", "decoupled weight decay", 0)
+    max_grad_norm: float = setting(1.0, "optimizer", "the gradient is clipped to this norm", 1e-6)
+    micro_batch_tokens: int = setting(8192, "optimizer", "tokens in a forward pass, not of rollouts", 1)
+    eval_every: int = setting(0, "watch", "steps between evaluations [0: before and after]", 0)
+    eval_samples: int = setting(256, "watch", "held-out prompts in an evaluation", 1)
+    save_every: int = setting(0, "watch", "steps between checkpoints [0: at the end]", 0)
+    keep: int = setting(2, "watch", "checkpoints to keep", 1)
+    show: int = setting(2, "watch", "rollouts to print after the first and the last step", 0)
     compare: bool = setting(False, "compare", "train every arm (OPD, FiRe-OPD, controls) and print the table")
-    seeds: int = setting(5, "compare", "seeds to compare over, from --seed on", low=1)
+    seeds: int = setting(5, "compare", "seeds to compare over, from --seed on", 1)
     arms: str = setting("", "compare", "some of the arms only, separated by commas [all]")
     regime: str = setting("foreign", "compare", "which tiny task of tiny_config.json")
     tiny: dict = setting(None, "compare", "(JSON only) how the tiny pair is made")
@@ -742,71 +833,75 @@ def explain(what, advice):
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{what}: {type(error).__name__}: {reason}; {advice}") from error
+        name = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ours speak for themselves
+        raise UserError(f"{what}: {name}{' '.join(str(error).split())[:300]}; {advice}") from error
 
-def nearest(name):
-    return difflib.get_close_matches(name, SETTINGS, 1, cutoff=0)[0]
-
-def checked(name, value, where):
-    """The value of a setting, from JSON or a command line, in its type and bounds; else a UserError."""
-    if name not in SETTINGS:
-        raise UserError(f"{where}: unknown setting {name!r}; the nearest known one is {nearest(name)!r}")
-    kind, m = SETTINGS[name].type, SETTINGS[name].metadata
-    tests = {"low": (">=", lambda v, b: v >= b), "above": (">", lambda v, b: v > b),
-             "high": ("<=", lambda v, b: v <= b), "choices": ("one of", lambda v, b: v in b)}
-    bounds = [(*tests[key], m[key]) for key in tests if m[key] is not None]
-    with contextlib.suppress(ValueError, OverflowError):
-        from_text = kind in (int, float) and isinstance(value, str)
-        typed = kind(value) if from_text or kind is float and type(value) is int else value
-        if type(typed) is kind and not (kind is float and not math.isfinite(typed)) \
-                and all(holds(typed, bound) for _, holds, bound in bounds):
-            return typed
-    wanted = " and ".join([kind.__name__] + [f"{sign} {bound}" for sign, _, bound in bounds])
-    raise UserError(f"{where}: {name} must be {wanted}, got {repr(value)[:80]}")
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"command line: {message}; see --help")
+    """One flag a setting. Reads the command line and, rewritten as flags, the JSON file."""
 
-def read_flags(argv):
-    """The settings that the command line names, as it gives them."""
-    parser, groups = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                            argument_default=argparse.SUPPRESS), {}
-    for name, f in SETTINGS.items():
-        group = f.metadata["group"]
-        group = groups[group] = groups.get(group) or parser.add_argument_group(group)
-        text = f.metadata["text"] + ("" if f.default in ("", None, False) else f" [{f.default}]")
-        kind = dict(metavar=f.type.__name__.upper())
-        if f.type is bool:
-            kind = dict(action=argparse.BooleanOptionalAction)
-        if name == "teacher":
-            kind["action"] = "append"
-        if name != "tiny":
-            group.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = nearest(unknown[0].lstrip("-").replace("-", "_")).replace("_", "-")
-        raise UserError(f"command line: unknown argument {unknown[0]!r}; the nearest known one is --{near}")
-    return {name: ",".join(value) if name == "teacher" else value for name, value in vars(flags).items()}
+    def __init__(self):
+        super().__init__(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS)
+        groups = {}
+        for name, f in SETTINGS.items():
+            group, text = f.metadata["group"], f.metadata["text"]
+            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+            if f.metadata["choices"]:
+                kind = dict(choices=f.metadata["choices"])
+            elif f.type is bool:
+                kind = dict(action=argparse.BooleanOptionalAction)
+            elif f.type is list:
+                kind = dict(action="append", metavar="[NAME=]PATH")
+            if f.type in (int, float) or f.default:
+                text += f" [{f.default}]"
+            groups[group] = groups.get(group) or self.add_argument_group(group)
+            if f.type is not dict:
+                groups[group].add_argument(flag(name), help=text.replace("%", "%%"), **kind)
+
+    def read(self, argv, where):
+        """-> the settings that these flags name; a UserError says where they stand."""
+        self.where = where
+        values, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, SETTINGS), 1, cutoff=0)[0]
+            self.error(f"unknown argument {unknown[0][:80]!r}, the nearest known one is {near}")
+        return vars(values)
+
+    def error(self, message):
+        raise UserError(f"{self.where}: {message}; see --help")
 
 def parse_config(argv):
     """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
-    flags = {name: checked(name, value, "command line") for name, value in read_flags(argv).items()}
+    parser = Parser()
+    flags = parser.read(argv, "command line")
     path, values = flags.get("config", ""), {}
     if not path and not flags.keys() & {"teacher", "student", "prompts"}:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
     if path:
         with explain(f"config {path}", "it must be a JSON object of settings, tiny as in tiny_config.json"):
             with open(path, encoding="utf-8") as file:
-                values = {name: checked(name, value, path) for name, value in json.load(file).items()}
-            if tiny := values.get("tiny"):  # a regime's own settings win over the file's
-                regime = (values | flags).get("regime", Config.regime)
+                settings = dict(json.load(file).items())
+            if tiny := settings.pop("tiny", None):  # a regime's own settings win over the file's
+                regime = (settings | flags).get("regime", Config.regime)
                 if regime not in tiny["regimes"]:
-                    raise UserError(f"no regime {regime!r}; {path} has {', '.join(tiny['regimes'])}")
-                own = tiny["regimes"][regime]["settings"]
-                values |= {name: checked(name, value, path) for name, value in own.items()}
+                    raise ValueError(f"no regime {regime!r}, only {', '.join(tiny['regimes'])}")
+                settings |= tiny["regimes"][regime]["settings"]
+            as_flags = []
+            for name, value in settings.items():
+                if isinstance(value, bool):
+                    as_flags.append(flag(name) if value else flag("no_" + name))
+                else:
+                    listed = name == "teacher" and isinstance(value, list)
+                    as_flags += [f"{flag(name)}={item}" for item in (value if listed else [value])]
+            values = parser.read(as_flags, f"config {path}") | dict(tiny=tiny)
     config = Config(**values | flags)
+    for name, f in SETTINGS.items():
+        value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
+        if low is not None and (not low <= value <= high or value == math.inf):
+            raise UserError(f"{name} must be finite and in [{low}, {high}], got {str(value)[:80]}")
     missing = [f"--{name}" for name in ("teacher", "student", "prompts") if not getattr(config, name)]
     if missing and not (config.tiny and len(missing) == 3):
         raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
@@ -842,31 +937,24 @@ def progress(total, label):
     return tqdm(total=total, desc=label, disable=rank() != 0 or not sys.stderr.isatty(), leave=False)
 
 
-# --- Prompts and models -------------------------------------------------------------------------------------
-
-@dataclass
-class Prompt:
-    ids: list  # token ids, the same for the student and its teacher
-    answer: str  # None if unknown
-    teacher: str  # the name of the teacher that grades it
-    group: str  # evaluation figures are also given per group
+# --- Prompts ------------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
-    """(line number, object) of each line that is not blank; every fault names its line."""
+    """(where, object) of each line that is not blank; every fault names its line."""
     with explain(path, "give a readable JSON Lines file"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 with explain(f"{path} line {number}", "each line must be one JSON object in UTF-8"):
                     row = json.loads(line.decode("utf-8"))
-                if not isinstance(row, dict):
-                    raise UserError(f"{path} line {number}: not a JSON object; write {{\"prompt\": \"...\"}}")
-                yield number, row
+                    if not isinstance(row, dict):
+                        raise ValueError("not a JSON object")
+                yield f"{path} line {number}", row
 
 def tokenize(prompt, tokenizer, config):
     """A string or a list of messages -> token ids, through the chat template if there is one and wanted."""
     if config.chat_template == "none" or not tokenizer.chat_template:
         if isinstance(prompt, list):
-            raise UserError("a list of messages needs a chat template; use --chat-template auto or a string")
+            raise ValueError("a list of messages needs a chat template")
         return tokenizer(prompt, verbose=False)["input_ids"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set: its reply is not for us
@@ -876,44 +964,47 @@ def tokenize(prompt, tokenizer, config):
     # The rendered text holds its special tokens already: adding more would double the BOS.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-def load_prompts(path, tokenizer, config, teachers, vocab_size):
-    """-> list of Prompt; those longer than max_prompt_tokens are counted and dropped."""
-    prompts, longer = [], []
-    for number, row in read_jsonl(path):
-        where = f"{path} line {number}"
-        prompt = next((row[key] for key in ("prompt", "problem", "messages") if row.get(key)), None)
-        if not isinstance(prompt, (str, list)):
-            raise UserError(f"{where}: no prompt; give 'prompt' (a string or messages) or 'problem'")
-        for key in ("answer", "teacher", "group"):
-            if not isinstance(row.get(key), (str, type(None))):
-                raise UserError(f"{where}: {key!r} must be a string, got {str(row[key])[:60]!r}; quote it")
-        teacher = row.get("teacher") or (teachers[0] if len(teachers) == 1 else None)
-        if teacher not in teachers:
-            raise UserError(f"{where}: teacher {teacher!r} is not one of {', '.join(teachers)}; mend the row "
-                            f"or add --teacher NAME=PATH")
-        with explain(where, "this prompt cannot be rendered and tokenized; mend it or the chat template"):
-            ids = list(tokenize(prompt, tokenizer, config))
-        if not ids:
-            raise UserError(f"{where}: the prompt has no tokens; remove the line")
-        if max(ids) >= vocab_size:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
-            raise UserError(f"{where}: the prompt holds {token!r}, unknown to a teacher; mend the row, "
-                            f"the chat template or the choice of models")
-        (prompts if len(ids) <= config.max_prompt_tokens else longer).append(
-            Prompt(ids, row.get("answer"), teacher, row.get("group") or ""))
-    if not prompts:
-        raise UserError(f"{path}: all {len(longer)} prompts are longer than --max-prompt-tokens "
-                        f"{config.max_prompt_tokens}; raise it" if longer else f"{path}: no prompt in it")
-    lengths, counts = [len(prompt.ids) for prompt in prompts], Counter(prompt.teacher for prompt in prompts)
-    note(f"{path}: {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, "
+def parse_prompt(run, row, teachers):
+    """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
+    content = next((row[key] for key in ("prompt", "problem", "messages") if row.get(key)), None)
+    if not isinstance(content, (str, list)):
+        raise ValueError("no prompt: give 'prompt' (a string or messages) or 'problem'")
+    for key in ("answer", "teacher", "group"):
+        if not isinstance(row.get(key), (str, type(None))):
+            raise ValueError(f"{key!r} must be a string, got {str(row[key])[:60]!r}")
+    teacher = row.get("teacher") or (teachers[0] if len(teachers) == 1 else None)
+    if teacher not in teachers:
+        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}")
+    ids = list(tokenize(content, run.tokenizer, run.config))
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    if max(ids) >= run.vocab_size:
+        raise ValueError(f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} is unknown to a teacher")
+    return Prompt(ids, row.get("answer"), teacher, row.get("group") or "")
+
+def load_prompts(run, path, teachers):
+    """-> the prompts of a file, for these teachers; those longer than max_prompt_tokens are dropped."""
+    prompts, longest = [], run.config.max_prompt_tokens
+    for where, row in read_jsonl(path):
+        with explain(where, "mend or remove this line, or mend the chat template or the teachers' names"):
+            prompts.append(parse_prompt(run, row, teachers))
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+    if not kept:
+        raise UserError(f"{path}: {len(prompts)} prompts, none of at most --max-prompt-tokens {longest}; add "
+                        f"some or raise it")
+    lengths, counts = [len(prompt.ids) for prompt in kept], Counter(prompt.teacher for prompt in kept)
+    note(f"{path}: {len(kept)} prompts of {min(lengths)} to {max(lengths)} tokens, "
          + ", ".join(f"{count} for teacher {name}" for name, count in counts.items()),
-         longer and f"{len(longer)} more are longer than {config.max_prompt_tokens} tokens and dropped")
-    return prompts
+         len(kept) < len(prompts) and f"{len(prompts) - len(kept)} longer than {longest} tokens are dropped")
+    return kept
+
+
+# --- Models -------------------------------------------------------------------------------------------------
 
 def teacher_paths(config):
     """--teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}; a bare PATH is "teacher"."""
     named = {}
-    for entry in config.teacher.split(","):
+    for entry in config.teacher:
         name, equals, path = entry.partition("=")
         if not equals or "/" in name or os.path.exists(entry):
             name, path = "teacher", entry
@@ -926,33 +1017,26 @@ def fetch(name, what):
     """The local folder of a checkpoint: itself, or the snapshot of a hub name (never its pickled weights)."""
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise UserError(f"{what} {name}: no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B")
-    host = re.sub(r"^\w+://|[/:].*$", "", re.sub(r"^\w+://", "", huggingface_hub.constants.ENDPOINT))
-    try:  # asked first: the hub's client retries for most of a minute before it says that there is no network
-        socket.create_connection((host, 443), 5).close()
-        offline = ""
-    except OSError:
-        offline = f", {host} cannot be reached and the local cache lacks it"
-    with explain(f"{what} {name}", f"no folder of this name{offline}; check the name and the network"):
-        pickles_and_others = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]
-        return huggingface_hub.snapshot_download(name, local_files_only=bool(offline),
-                                                 ignore_patterns=pickles_and_others)
+    with explain(f"{what} {name}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
+        return huggingface_hub.snapshot_download(name, etag_timeout=5, ignore_patterns=[
+            "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
 
 def load_tokenizer(folder, config):
     with explain(f"tokenizer of {folder}", "give a complete checkpoint folder, tokenizer included"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                              trust_remote_code=config.trust_remote_code)
 
-def load_model(folder, dtype, vocab_size, longest, config):
+def load_model(run, folder, dtype):
+    config = run.config
     with explain(f"model of {folder}", "give a complete safetensors checkpoint of a causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
             ignore_mismatched_sizes=True, trust_remote_code=config.trust_remote_code)
         if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
-        if (rows := len(model.get_output_embeddings().weight)) < vocab_size:
-            raise ValueError(f"{rows} output rows for {vocab_size} tokens")
+        if (rows := len(model.get_output_embeddings().weight)) < run.vocab_size:
+            raise ValueError(f"{rows} output rows for {run.vocab_size} tokens")
+    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
     if longest > limit:
         raise UserError(f"model of {folder}: prompt and response may take {longest} tokens, its positions "
@@ -994,61 +1078,66 @@ def load(config):
     for path in filter(None, (config.prompts, config.eval_prompts)):
         for _ in read_jsonl(path):  # a broken file should not cost a download
             pass
-    folders = {name: fetch(path, f"teacher {name}") for name, path in teacher_paths(config).items()}
-    student_folder = fetch(config.student, "student")
-    tokenizer = load_tokenizer(student_folder, config)
-    theirs = {name: load_tokenizer(folder, config) for name, folder in folders.items()}
-    vocab_size = min(shared_vocabulary(tokenizer, other, name) for name, other in theirs.items())
-    read = partial(load_prompts, tokenizer=tokenizer, config=config, teachers=list(folders),
-                   vocab_size=vocab_size)
-    run = Run(config, tokenizer, read(config.prompts), [])
+    student = fetch(config.student, "student")
+    teachers = {name: fetch(path, f"teacher {name}") for name, path in teacher_paths(config).items()}
+    run = Run(config, tokenizer=load_tokenizer(student, config))
+    theirs = {name: load_tokenizer(folder, config) for name, folder in teachers.items()}
+    run.vocab_size = min(shared_vocabulary(run.tokenizer, other, name) for name, other in theirs.items())
+    run.prompts = load_prompts(run, config.prompts, list(teachers))
     if config.eval_prompts:
-        run.eval_prompts = read(config.eval_prompts)[:config.eval_samples]
+        run.eval_prompts = load_prompts(run, config.eval_prompts, list(teachers))[:config.eval_samples]
         if len(run.eval_prompts) < world_size():
             raise UserError(f"{config.eval_prompts}: fewer prompts than the {world_size()} ranks; add some")
     else:
         note("no --eval-prompts", "nothing held out is evaluated")
-    note(f"first prompt, {len(run.prompts[0].ids)} tokens: {tokenizer.decode(run.prompts[0].ids)!r}")
+    note(f"first prompt, {len(run.prompts[0].ids)} tokens: {run.tokenizer.decode(run.prompts[0].ids)!r}")
     open_output(config)
+    if config.shard and world_size() > 1:
+        run.mesh = init_device_mesh(config.device, (world_size(),))
+    load_student(run, newest_checkpoint(config)[0] if config.resume else student)
+    for name, folder in teachers.items():
+        load_teacher(run, name, folder, theirs[name])
+    report_memory(run)
+    return run
 
-    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
+def load_student(run, folder):
+    config = run.config
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
-    student_folder = newest_checkpoint(config)[0] if config.resume else student_folder
-    model = load_model(student_folder, torch.float32, vocab_size, longest, config)
-    run.student, run.generation_config = Policy(model, vocab_size, config), model.generation_config
-    run.mesh = init_device_mesh(config.device, (world_size(),)) if config.shard and world_size() > 1 else None
-    place(run, run.student)
-    run.eos_ids = end_ids(model, tokenizer, config, vocab_size)
-    run.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(run.eos_ids, default=0)
+    model = load_model(run, folder, torch.float32)
+    run.eos_ids = end_ids(model, run.tokenizer, config, run.vocab_size)
+    if not run.eos_ids:
+        note("the student has no end of sequence", "every response will be --max-new-tokens long")
+    run.pad_id = run.tokenizer.pad_token_id
+    if run.pad_id is None:
+        run.pad_id = min(run.eos_ids, default=0)
     # Replaced, not overridden: what a passed config leaves unset is filled from the checkpoint's (top_k 20).
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(run.eos_ids) or None,
-                                               pad_token_id=run.pad_id)
+    run.generation_config, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=False, eos_token_id=sorted(run.eos_ids) or None, pad_token_id=run.pad_id)
     ignored = {key: value for key, value in run.generation_config.to_diff_dict().items() if value is not None
                and not re.search("token_id$|^(transformers|use_cache|output_|_)", key)}
     note(f"sampling is softmax(logits / {config.temperature}) and nothing else; ignored of the student's "
          f"generation config: {ignored or 'nothing'}")
-    if not run.eos_ids:
-        note("the student has no end of sequence", "every response will be --max-new-tokens long")
-    for name, folder in folders.items():
-        for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
-            if turn == rank():
-                dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
-                teacher = load_model(folder, dtype, vocab_size, longest, config).requires_grad_(False)
-                run.teachers[name] = Policy(teacher, vocab_size, config)
-                place(run, run.teachers[name])
-            barrier()
-        ends = end_ids(teacher, theirs[name], config, vocab_size)
-        note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
-             ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
-        if theirs[name].chat_template != tokenizer.chat_template and config.chat_template == "auto":
-            note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
-    run.trained = run.student
+    run.student = run.trained = Policy(model, run.vocab_size, config)
+    place(run, run.student)
     if world_size() > 1 and not run.mesh:  # bucket view: no second copy of the gradients
         run.trained = DistributedDataParallel(run.student, gradient_as_bucket_view=True)
     run.optimizer = torch.optim.AdamW(run.student.parameters(), lr=config.lr, betas=(0.9, 0.999), fused=True,
                                       weight_decay=config.weight_decay)
-    report_memory(run)
-    return run
+
+def load_teacher(run, name, folder, tokenizer):
+    config = run.config
+    for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
+        if turn == rank():
+            dtype = torch.float32 if config.dtype == "float32" else "auto"  # else its own
+            model = load_model(run, folder, dtype).requires_grad_(False)
+            run.teachers[name] = Policy(model, run.vocab_size, config)
+            place(run, run.teachers[name])
+        barrier()
+    ends = end_ids(model, tokenizer, config, run.vocab_size)
+    note(f"end of sequence: student {sorted(run.eos_ids)}, teacher {name} {sorted(ends)}",
+         ends != run.eos_ids and "rollouts end at the student's only, and their length may drift")
+    if tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
+        note(f"teacher {name} has another chat template", "it grades prompts rendered by the student's")
 
 def place(run, policy):
     """Move a policy from the host to the device: all of it, or with --shard this rank's part."""
@@ -1111,17 +1200,14 @@ def report_memory(run):
 # --- Checkpoints and the log --------------------------------------------------------------------------------
 
 def open_output(config):
-    """Make the output folder, or find the run to continue in it. Another run is never overwritten."""
-    if config.resume:
-        newest_checkpoint(config)
-    elif rank() == 0 and config.steps:
+    """Make the output folder, unless the run in it is to be continued. Another run is never overwritten."""
+    if rank() == 0 and config.steps and not config.resume:
         with explain(f"output folder {config.output_dir}", "choose another --output-dir"):
             os.makedirs(config.output_dir, exist_ok=True)
             config.output_dir.encode()  # names that are not UTF-8 break the saving of tokenizers
             log_exists = os.path.exists(os.path.join(config.output_dir, "metrics.jsonl"))
             if log_exists or checkpoints(config.output_dir):
-                raise UserError(f"output folder {config.output_dir} holds a run already; continue it with "
-                                f"--resume or choose another --output-dir")
+                raise ValueError("it holds a run already; continue it with --resume")
             write_json(os.path.join(config.output_dir, "config.json"), settings_of(config))
             open(os.path.join(config.output_dir, "metrics.jsonl"), "w").close()
     barrier()
@@ -1169,7 +1255,7 @@ def save_checkpoint(run):
 
     There is no random state in it and no data position: both are functions of the seed and the step.
     """
-    config, net = run.config, run.student.model
+    config, model = run.config, run.student.model
     folder = os.path.join(config.output_dir, f"checkpoint-{run.step:06d}")
     weights = get_model_state_dict(run.trained, options=STATE)  # collective: rank 0 gets the shards of all
     moments = {}  # before its first update; asking for them then would make some that have counted a step
@@ -1180,9 +1266,9 @@ def save_checkpoint(run):
             temporary = os.path.join(config.output_dir, "partial")
             shutil.rmtree(temporary, ignore_errors=True)
             # Under the model's own names, and once: a tied head is saved as the embedding that it is.
-            untied = dict(net.named_parameters()).keys() | dict(net.named_buffers()).keys()
+            untied = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
             weights = {name.removeprefix("model."): value for name, value in weights.items()}
-            net.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in untied})
+            model.save_pretrained(temporary, state_dict={k: v for k, v in weights.items() if k in untied})
             run.generation_config.save_pretrained(temporary)
             run.tokenizer.save_pretrained(temporary)
             save_file({f"{name}.{key}": value.contiguous() for name, entry in moments.get("state", {}).items()
@@ -1220,7 +1306,7 @@ def resume(run):
         with explain(path, "it must be the log of the run to continue"):
             rows = []
             for line in open(path, encoding="utf-8"):
-                with contextlib.suppress(ValueError):  # a kill may have torn the last line
+                with contextlib.suppress(ValueError):  # a full disk may have torn the last line
                     rows.append(json.loads(line))
             with open(path + ".partial", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows if row["step"] <= run.step)
@@ -1244,54 +1330,59 @@ def read_log(folder):
 
 # --- The tiny pair: a teacher and a student made in seconds. A reader of the method can skip this -----------
 
-CHARACTERS = "0123456789+,="
-
-def tiny_answer(digits, domain):
-    """"+": the running sum mod 10; ",": the running maximum. In both an early slip poisons the rest."""
-    return np.cumsum(digits, -1) % 10 if domain == "+" else np.maximum.accumulate(digits, -1)
-
 def tiny_tokenizer():
     """One token a character."""
-    vocab = {token: i for i, token in enumerate([*CHARACTERS, "<pad>", "<eos>", "<unk>"])}
+    vocab = {token: i for i, token in enumerate([*"0123456789+,=", "<pad>", "<eos>", "<unk>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>")
 
-def pretrain(shape, domains, target_loss, tiny, seed, label):
+def tiny_rows(rng, count, digits, mixture):
+    """count prompts of a mixture of domains {domain: share}. "+" asks for the running sum mod 10 of some
+    digits, "," for their running maximum; in both an early slip poisons what follows."""
+    for domain in rng.choice(list(mixture), count, p=list(mixture.values())).tolist():
+        numbers = rng.integers(0, 10, digits)
+        answer = np.cumsum(numbers) % 10 if domain == "+" else np.maximum.accumulate(numbers)
+        prompt = "".join(map(str, numbers)) + domain + "="
+        yield dict(prompt=prompt, answer="".join(map(str, answer)), group=domain)
+
+def even(domains):
+    return {domain: 1 / len(domains) for domain in domains}
+
+def pretrain(name, shape, domains, target_loss, tiny, seed):
     """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
     torch.manual_seed(seed)
-    rng, n, smooth = np.random.default_rng((seed, PRETRAIN, *label.encode())), tiny["digits"], None
-    equals, pad, eos = 12, 13, 14
-    heads = shape["num_attention_heads"]
+    rng, tokenizer = np.random.default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
+    heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=16, tie_word_embeddings=True, intermediate_size=3 * shape["hidden_size"], eos_token_id=eos,
-        pad_token_id=pad, num_key_value_heads=heads, head_dim=shape["hidden_size"] // heads, **shape))
+        vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, intermediate_size=3 * hidden, num_key_value_heads=heads,
+        head_dim=hidden // heads, **shape))
     optimizer = torch.optim.AdamW(model.parameters(), lr=tiny["pretrain_lr"], weight_decay=0.0, fused=True)
-    with progress(tiny["pretrain_steps"], label) as bar:
-        for step in range(1, tiny["pretrain_steps"] + 1):
-            digits, which = rng.integers(0, 10, (128, n)), rng.integers(0, len(domains), 128)
-            answers = np.stack([tiny_answer(row, domains[k]) for row, k in zip(digits, which)])
-            sign = np.array([CHARACTERS.index(domain) for domain in domains])[which]
-            ids = np.column_stack([digits, sign, np.full(128, equals), answers, np.full(128, eos)])
-            ids = torch.from_numpy(ids)  # [128, n + 2 + n + 1]
-            logits = model(input_ids=ids[:, :-1]).logits[:, n + 1:]  # [128, n + 1, 16]
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, n + 2:].flatten())
+    smooth, step = math.inf, 0
+    with progress(tiny["pretrain_steps"], name) as bar:
+        while smooth >= target_loss and step < tiny["pretrain_steps"]:
+            texts = [row["prompt"] + row["answer"] + "<eos>"
+                     for row in tiny_rows(rng, 128, tiny["digits"], even(domains))]
+            ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
+            labels = ids.clone()
+            labels[:, :tiny["digits"] + 2] = -100  # the prompt is not learned
+            loss = model(input_ids=ids, labels=labels).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if STOP.is_set():  # nothing is worth saving yet
-                raise SystemExit(130)
-            smooth = loss.item() if smooth is None else 0.8 * smooth + 0.2 * loss.item()
+                raise Stopped
+            smooth = 0.8 * smooth + 0.2 * loss.item() if step else loss.item()
+            step += 1
             bar.update()
             bar.set_postfix(loss=smooth)
-            if smooth < target_loss:
-                break
     if smooth >= target_loss:
-        note(f"{label} was to reach loss {target_loss}", "it has not learned its task; try another seed")
+        note(f"{name} was to reach loss {target_loss}", "it has not learned its task; try another seed")
     count = sum(p.numel() for p in model.parameters())
-    say(f"{label}: {count:,} parameters, loss {smooth:.3f} after {step} steps")
+    say(f"{name}: {count:,} parameters, loss {smooth:.3f} after {step} steps")
     return model
 
 def make_tiny(config):
@@ -1299,45 +1390,44 @@ def make_tiny(config):
 
     -> config with teacher, student, prompts and eval_prompts filled in: from there on, a run like any other.
     """
-    tiny, root = config.tiny, os.path.join(config.output_dir, "tiny")
-    regime = tiny["regimes"][config.regime]
-    if not all(re.fullmatch(r"[\w-]+", name) and name != "student" for name in regime["teachers"]):
-        raise UserError(f"config {config.config}: teachers need plain names other than 'student'")
-    names, mixture, path = list(regime["teachers"]), regime["mixture"], lambda name: os.path.join(root, name)
-    made_of = dict(seed=config.seed, regime=config.regime, tiny=tiny)
+    root, regime = os.path.join(config.output_dir, "tiny"), config.tiny["regimes"][config.regime]
+    made_of = dict(seed=config.seed, regime=config.regime, tiny=config.tiny)
     torch.set_num_threads(1)  # two are slower for so small a model
     if rank() == 0 and not os.path.exists(root):
         with explain(f"tiny pair {root}", f"mend tiny in {config.config}, or choose another --output-dir"):
-            temporary = root + ".partial"
-            shutil.rmtree(temporary, ignore_errors=True)
-            os.makedirs(temporary)
-            small = tiny["student"] | regime.get("student", {})
-            made = [("student", small, list(mixture), regime["student_loss"])]
-            made += [(name, tiny["teacher"], [domain], tiny["teacher_loss"])
-                     for name, domain in regime["teachers"].items()]
-            for name, shape, domains, loss in made:
-                model = pretrain(shape, domains, loss, tiny, config.seed, name)
-                model.save_pretrained(os.path.join(temporary, name))
-                tiny_tokenizer().save_pretrained(os.path.join(temporary, name))
-            grades = {domain: name for name, domain in regime["teachers"].items()}
-            rng, even = np.random.default_rng((config.seed, ORDER)), dict.fromkeys(mixture, 1 / len(mixture))
-            for file, count, parts in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
-                with open(os.path.join(temporary, file + ".jsonl"), "w", encoding="utf-8") as out:
-                    for domain in rng.choice(list(parts), count, p=list(parts.values())).tolist():
-                        digits = rng.integers(0, 10, tiny["digits"])
-                        row = dict(prompt="".join(map(str, digits)) + domain + "=", group=domain,
-                                   answer="".join(map(str, tiny_answer(digits, domain))),
-                                   teacher=grades.get(domain, names[0]))
-                        out.write(json.dumps(row) + "\n")
-            write_json(os.path.join(temporary, "made.json"), made_of)
-            os.rename(temporary, root)
+            shutil.rmtree(root + ".partial", ignore_errors=True)
+            os.makedirs(root + ".partial")
+            write_tiny(root + ".partial", config.tiny, regime, config.seed)
+            write_json(os.path.join(root + ".partial", "made.json"), made_of)
+            os.rename(root + ".partial", root)
     barrier()
-    with open(path("made.json"), encoding="utf-8") as file:
+    with open(os.path.join(root, "made.json"), encoding="utf-8") as file:
         if json.load(file) != made_of:
             raise UserError(f"{root} holds a pair of other settings; choose another --output-dir")
-    return dataclasses.replace(config, student=path("student"), prompts=path("prompts.jsonl"), tiny=None,
-                               eval_prompts=path("eval_prompts.jsonl"),
-                               teacher=",".join(f"{name}={path(name)}" for name in names))
+    return dataclasses.replace(
+        config, teacher=[f"{name}={os.path.join(root, name)}" for name in regime["teachers"]], tiny=None,
+        student=os.path.join(root, "student"), prompts=os.path.join(root, "prompts.jsonl"),
+        eval_prompts=os.path.join(root, "eval_prompts.jsonl"))
+
+def write_tiny(folder, tiny, regime, seed):
+    """The models and prompts of a regime: teachers {name: its domain}, mixture {domain: share of prompts}."""
+    teachers, mixture = regime["teachers"], regime["mixture"]
+    if not all(re.fullmatch(r"[\w-]+", name) and name != "student" for name in teachers):
+        raise ValueError("teachers need plain names other than 'student'")
+    small = tiny["student"] | regime.get("student", {})
+    models = {"student": pretrain("student", small, list(mixture), regime["student_loss"], tiny, seed)}
+    for name, domain in teachers.items():
+        models[name] = pretrain(name, tiny["teacher"], [domain], tiny["teacher_loss"], tiny, seed)
+    for name, model in models.items():
+        model.save_pretrained(os.path.join(folder, name))
+        tiny_tokenizer().save_pretrained(os.path.join(folder, name))
+    grades = {domain: name for name, domain in teachers.items()}
+    rng, first = np.random.default_rng((seed, ORDER)), next(iter(teachers))
+    for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even(mixture))):
+        with open(os.path.join(folder, name + ".jsonl"), "w", encoding="utf-8") as file:
+            for row in tiny_rows(rng, count, tiny["digits"], shares):
+                row["teacher"] = grades.get(row["group"], first)
+                file.write(json.dumps(row) + "\n")
 
 
 # --- The comparison: every arm is a few settings ------------------------------------------------------------
@@ -1351,15 +1441,6 @@ ARMS = {
     "random filter": dict(filter_by="random"),
     "shuffled weights": dict(token_weights="shuffled"),
 }
-
-def interval(values):
-    """Mean, standard deviation and half width of the 95 % interval (Student's t) over seeds."""
-    n, centre = len(values), mean(values)
-    if n < 2:
-        return centre, math.nan, math.nan
-    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
-    t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile at n - 1 = 1 to 9
-    return centre, deviation, (t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * deviation / math.sqrt(n)
 
 def compare(config):
     """Every arm from the same teacher, student, prompts and uniforms, seed by seed; then the table."""
@@ -1376,106 +1457,49 @@ def compare(config):
         for arm in arms:
             folder = os.path.join(root, arm.replace(" ", "-"))
             one = dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])
-            if not checkpoints(folder):  # not begun, or not far
-                if rank() == 0 and os.path.exists(os.path.join(folder, "config.json")):
-                    shutil.rmtree(folder)
-                barrier()
-            else:  # only under the same settings; a finished one has nothing left to do
-                one.resume = True
-                newest_checkpoint(one)
+            one.resume = bool(checkpoints(folder))
+            if one.resume:
+                newest_checkpoint(one)  # of other settings, it is an error
+            elif rank() == 0 and os.path.exists(os.path.join(folder, "config.json")):
+                shutil.rmtree(folder)  # interrupted before its first checkpoint
+            barrier()
             if not one.resume or read_log(folder)[0][-1]["step"] < config.steps:
                 say(f"\n=== seed {seed}, {arm}")
-                if not train(one):
-                    return False
+                train(one)
             last[arm].append(read_log(folder)[0][-1])
-    plain = last.get("OPD", last[arms[0]])  # what the others are compared with
+    table = comparison_table(config, last)
+    say(f"\n{table}\nmean ± half width of its 95 % interval over seeds (standard deviation; paired difference "
+        f"to {arms[0] if 'OPD' not in arms else 'OPD'} ± half width)")
+    if rank() == 0:
+        with open(os.path.join(config.output_dir, "comparison.md"), "w", encoding="utf-8") as file:
+            file.write(table)
+
+def comparison_table(config, last):
+    """Markdown: a row for each arm, a column for each figure. last: arm -> its last evaluation of each seed."""
+    plain = last.get("OPD") or next(iter(last.values()))  # what the others are compared with
     names = [name for name in plain[0] if re.match("eval/(exact_match|reverse_kl)", name)]
     lines = [f"| {config.seeds} seeds, {config.steps} steps | " + " | ".join(names) + " |",
              "|---" * (len(names) + 1) + "|"]
     for arm, rows in last.items():
-        cells = []
+        cells = [arm]
         for name in names:
             centre, deviation, half = interval([row[name] for row in rows])
             gain, _, gain_half = interval([row[name] - other[name] for row, other in zip(rows, plain)])
             cells.append(f"{centre:.3f} ± {half:.3f} (sd {deviation:.3f}; {gain:+.3f} ± {gain_half:.3f})")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    say("\n" + "\n".join(lines) + "\n\nmean ± half width of its 95 % interval over seeds (standard "
-        "deviation; paired difference to OPD ± half width)")
-    if rank() == 0:
-        with open(os.path.join(config.output_dir, "comparison.md"), "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-    return True
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+def interval(values):
+    """Mean, standard deviation and half width of the 95 % interval (Student's t) over seeds."""
+    n, centre = len(values), sum(values) / len(values)
+    if n < 2:
+        return centre, math.nan, math.nan
+    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
+    t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile at n - 1 = 1 to 9
+    return centre, deviation, (t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * deviation / math.sqrt(n)
 
 
-# --- The run ------------------------------------------------------------------------------------------------
-
-def train(config):
-    """A whole run. -> True, or False if it was told to stop; its state is then in a checkpoint."""
-    started, failures, run = time.time(), 0, load(config)
-    if config.resume:
-        resume(run)
-    self_test(run)  # only now: a forward leaves a sharded student whole, the optimizer wants its shards
-    going = evaluate(run) if due(run, config.eval_every) else True
-    with progress(config.steps, "distil") as bar:
-        bar.update(run.step)
-        while going and run.step < config.steps:
-            done = train_step(run)
-            if done is None:
-                going = False
-                break
-            metrics, rollouts = done
-            run.step += 1
-            going = after_step(run, bar, metrics, rollouts)
-            failures = 0 if math.isfinite(metrics["loss"]) else failures + 1
-            if failures == 3:
-                folder = save_checkpoint(run)
-                raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; "
-                                f"the last good weights are in {folder}; look at score in metrics.jsonl, "
-                                f"lower --lr, check the teacher with --steps 0")
-    if going and config.steps:
-        summary(config, time.time() - started)
-    elif not going:
-        saved = save_checkpoint(run) if config.steps else "nothing"
-        say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
-            f"python fire_opd.py --config {config.output_dir}/config.json --resume")
-    return going
-
-def after_step(run, bar, metrics, rollouts):
-    """Log, print, show, evaluate and save as the settings ask. -> False if the run is to stop."""
-    config = run.config
-    log(run, metrics)
-    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {length:.0f}, "
-            "{tokens_per_second:.0f} tokens/s").format(**metrics)
-    bar.update()
-    bar.set_postfix_str(line)
-    if bar.disable and run.step % max(1, config.steps // 10) == 0:  # no terminal: a line now and then
-        say(f"step {run.step}/{config.steps}: {line}")
-    if run.step in (1, config.steps):
-        show(run, rollouts)
-    going = evaluate(run) if due(run, config.eval_every) else True
-    if due(run, config.save_every):
-        save_checkpoint(run)
-    return going
-
-def due(run, every):
-    """Whether something is done after this step: at both ends of a run, and in between as often as wanted."""
-    return run.step in (0, run.config.steps) or every and run.step % every == 0
-
-def summary(config, seconds):
-    """Before and after, both read from the log, and the commands to type next."""
-    (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
-    say(f"\n{'':24}{'before':>10}{'after':>10}")
-    for rows in (evaluations, steps):
-        for name in rows[0] if rows else ():
-            if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|length$", name):
-                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
-                say(f"{name:24}{before:10.3f}{after:10.3f}")
-    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
-    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
-        f"{newest}. Next:\n"
-        f"  evaluate  {command} --steps 0 --student {newest}\n"
-        f"  go on     {command} --resume --steps {2 * config.steps}\n"
-        f"  use       transformers.pipeline('text-generation', '{newest}')")
+# --- The command --------------------------------------------------------------------------------------------
 
 def on_signal(number, frame):
     if STOP.is_set():  # the second one ends at once
@@ -1513,10 +1537,17 @@ def fail(message):
     os._exit(2)  # an orderly exit would wait for the other ranks
 
 def main(argv=None):
+    status = 0
     try:
         config = parse_config(argv)
         set_up(config)
-        finished = compare(config) if config.compare else train(make_tiny(config) if config.tiny else config)
+        if config.compare:
+            compare(config)
+        else:
+            train(make_tiny(config) if config.tiny else config)
+        barrier()
+    except Stopped:
+        status = 130
     except UserError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
@@ -1526,12 +1557,11 @@ def main(argv=None):
         if sys.flags.dev_mode:
             raise
         fail(f"{type(error).__name__}: {error}; python -X dev shows where; complete checkpoints are intact")
-    if dist.is_initialized():  # done, saved, and past the last collective: Gloo's teardown may abort even so
-        barrier()
+    if dist.is_initialized():  # Gloo's teardown may abort, even past the last collective
         sys.stdout.flush()
-        os._exit(0 if finished else 130)
-    if not finished:
-        raise SystemExit(130)
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
 
 if __name__ == "__main__":
     main()
