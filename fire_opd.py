@@ -313,8 +313,17 @@ class Policy(nn.Module):
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
 
-# Randomness is a function of (seed, purpose, ...), drawn where it is needed: no state to save or share.
-SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)
+SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # what randomness is for
+
+def uniforms(seed, *key, rows=(0,), width):
+    """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone.
+
+    Not of the rank that draws them, nor of the batch, nor of what was drawn before: so 1, 2 and 4 ranks are
+    the same run up to the rounding of floats, all arms of a comparison meet the same randomness, and a
+    resumed run has no generator to restore.
+    """
+    drawn = [np.random.default_rng((seed, *key, i)).random(width) for i in rows]
+    return torch.from_numpy(np.array(drawn).reshape(len(rows), width))
 
 @dataclass
 class Prompt:
@@ -397,21 +406,16 @@ def step_prompts(run):
     return [run.prompts[order[epoch][i]] for epoch, i in places for _ in range(config.rollouts_per_prompt)]
 
 def rollout(run, prompts, *key):
-    """Step 1. The student writes one response to each prompt. -> Rollouts
-
-    The uniforms of row i are a function of (seed, key, i) alone: not of the rank that writes it, nor of its
-    batch, nor of what was sampled before. So 1, 2 and 4 ranks are the same run up to the rounding of floats,
-    all arms of a comparison meet the same randomness, and a resumed run has no generator to restore.
-    """
+    """Step 1. The student writes one response to each prompt. -> Rollouts"""
     config = run.config
     tokens = torch.zeros(len(prompts), config.max_new_tokens, dtype=torch.long)  # [B, T]
     log_probs = torch.zeros(tokens.shape)  # [B, T]
     mine = range(rank(), len(prompts), world_size())
     for start in range(0, len(mine), config.rollout_batch_size):
         rows = list(mine[start:start + config.rollout_batch_size])
-        uniforms = [np.random.default_rng((config.seed, *key, i)).random(tokens.shape[1]) for i in rows]
         tokens[rows], log_probs[rows] = run.student.sample(
-            [prompts[i].ids for i in rows], torch.from_numpy(np.stack(uniforms)), run.eos_ids, run.pad_id)
+            [prompts[i].ids for i in rows],
+            uniforms(config.seed, *key, rows=rows, width=config.max_new_tokens), run.eos_ids, run.pad_id)
     stop_if_told()
     share(tokens), share(log_probs)
     mask = response_mask(tokens, run.eos_ids)
@@ -437,7 +441,7 @@ def choose_trajectories(config, rollouts, step):
     """Step 3. keep [B]: by the teacher's likelihood, or (a control) as many at random."""
     scores = rollouts.scores
     if config.filter_by == "random":
-        noise = torch.from_numpy(np.random.default_rng((config.seed, FILTER, step)).random(len(scores)))
+        noise = uniforms(config.seed, FILTER, step, width=len(scores))[0]
         scores = noise.masked_fill(~scores.isfinite(), torch.nan)
     if config.filter_scope == "step":
         return filter_trajectories(scores, config.filter_percentile)
@@ -449,17 +453,15 @@ def choose_trajectories(config, rollouts, step):
 
 def choose_tokens(config, weights, mask, rows, step):
     """Step 4. The soft weights [b, T] as they are, or an alternative to them with the same mean of 1."""
-    if config.token_weights == "soft":
-        return weights
-    chosen = torch.zeros_like(weights)
-    for r, (i, n) in enumerate(zip(rows, mask.sum(1).tolist())):
-        if config.token_weights == "hard":  # the top half by the same weight, all alike
-            half = -(-n // 2)
-            chosen[r, weights[r, :n].argsort(descending=True)[:half]] = n / half
-        else:  # shuffled (a control): the same weights on the wrong tokens
-            order = torch.from_numpy(np.random.default_rng((config.seed, SHUFFLE, step, i)).permutation(n))
-            chosen[r, :n] = weights[r, order.to(weights.device)]
-    return chosen
+    if config.token_weights == "hard":  # the heavier half, all alike
+        lengths = mask.sum(1, keepdim=True)  # [b, 1]
+        place = weights.masked_fill(~mask, -1).argsort(dim=1, descending=True).argsort(dim=1)  # 0 is heaviest
+        half = (lengths + 1) // 2
+        return (place < half) * lengths / half
+    if config.token_weights == "shuffled":  # a control: the same weights on the wrong tokens
+        noise = uniforms(config.seed, SHUFFLE, step, rows=rows, width=mask.shape[1]).to(mask.device)
+        return weights.gather(1, noise.masked_fill(~mask, 1).argsort(dim=1))  # what is off the mask stays off
+    return weights
 
 def update(run, rollouts):
     """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics.
@@ -870,17 +872,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown argument {unknown[0][:80]!r}, the nearest known one is {near}")
         return vars(values)
 
-    def error(self, message):
-        raise UserError(f"{self.where}: {message}; see --help")
-
-def parse_config(argv):
-    """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
-    parser = Parser()
-    flags = parser.read(argv, "command line")
-    path, values = flags.get("config", ""), {}
-    if not path and not flags.keys() & {"teacher", "student", "prompts"}:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
-    if path:
+    def read_json(self, path, flags):
+        """-> the settings of a file; of its regimes, the one that the flags or else the file name."""
         with explain(f"config {path}", "it must be a JSON object of settings, tiny as in tiny_config.json"):
             with open(path, encoding="utf-8") as file:
                 settings = dict(json.load(file).items())
@@ -889,15 +882,26 @@ def parse_config(argv):
                 if regime not in tiny["regimes"]:
                     raise ValueError(f"no regime {regime!r}, only {', '.join(tiny['regimes'])}")
                 settings |= tiny["regimes"][regime]["settings"]
-            as_flags = []
+            argv = []
             for name, value in settings.items():
                 if isinstance(value, bool):
-                    as_flags.append(flag(name) if value else flag("no_" + name))
+                    argv.append(flag(name) if value else flag("no_" + name))
                 else:
                     listed = name == "teacher" and isinstance(value, list)
-                    as_flags += [f"{flag(name)}={item}" for item in (value if listed else [value])]
-            values = parser.read(as_flags, f"config {path}") | dict(tiny=tiny)
-    config = Config(**values | flags)
+                    argv += [f"{flag(name)}={item}" for item in (value if listed else [value])]
+            return self.read(argv, f"config {path}") | dict(tiny=tiny)
+
+    def error(self, message):
+        raise UserError(f"{self.where}: {message}; see --help")
+
+def parse_config(argv):
+    """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
+    parser = Parser()
+    flags = parser.read(argv, "command line")
+    path = flags.get("config", "")
+    if not path and not flags.keys() & {"teacher", "student", "prompts"}:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
+    config = Config(**(parser.read_json(path, flags) if path else {}) | flags)
     for name, f in SETTINGS.items():
         value, low, high = getattr(config, name), f.metadata["low"], f.metadata["high"]
         if low is not None and (not low <= value <= high or value == math.inf):
@@ -1162,16 +1166,16 @@ def place(run, policy):
 
 def self_test(run):
     """Scoring a rollout must find what a plain forward finds, and the student's what its sampler found."""
-    config, prompt = run.config, run.prompts[0].ids
-    uniforms = np.random.default_rng((config.seed, EVALUATE)).random((1, min(16, config.max_new_tokens)))
-    tokens, sampled = run.student.sample([prompt], torch.from_numpy(uniforms), run.eos_ids, run.pad_id)
-    n, eps = int(response_mask(tokens, run.eos_ids).sum()), torch.finfo(getattr(torch, config.dtype)).eps
-    ids = torch.tensor([prompt + tokens[0, :n].tolist()], device=config.device)  # [1, L]
-    response = torch.arange(ids.shape[1], device=config.device)[None] >= len(prompt)
+    config, eps = run.config, torch.finfo(getattr(torch, run.config.dtype)).eps
+    drawn = uniforms(config.seed, EVALUATE, width=min(16, config.max_new_tokens))
+    tokens, sampled = run.student.sample([run.prompts[0].ids], drawn, run.eos_ids, run.pad_id)
+    rollouts = Rollouts(run.prompts[:1], tokens, response_mask(tokens, run.eos_ids), None, sampled)
+    ids, response = pack(rollouts, [0], config.device)  # [1, L], [1, L]
+    n = int(response.sum())
     for name, policy in {"the student": run.student, **run.teachers}.items():
         with torch.no_grad():
             scored = policy(ids, response)[0]  # [n]
-            logits = policy.logits(ids)[0, len(prompt) - 1:-1]  # [n, V]
+            logits = policy.logits(ids)[:, :-1][response[:, 1:]]  # [n, V]
         plain = (logits / config.temperature).log_softmax(1).gather(1, ids[response][:, None])[:, 0]  # [n]
         gap, own = (scored - plain).abs().max().item(), 0.0
         if policy is run.student:
@@ -1468,14 +1472,14 @@ def compare(config):
                 train(one)
             last[arm].append(read_log(folder)[0][-1])
     table = comparison_table(config, last)
-    say(f"\n{table}\nmean ± half width of its 95 % interval over seeds (standard deviation; paired difference "
-        f"to {arms[0] if 'OPD' not in arms else 'OPD'} ± half width)")
+    say(f"\n{table}\nmean ± half width of its 95 % interval over seeds (standard deviation; paired "
+        f"difference to {'OPD' if 'OPD' in arms else arms[0]} ± half width)")
     if rank() == 0:
         with open(os.path.join(config.output_dir, "comparison.md"), "w", encoding="utf-8") as file:
             file.write(table)
 
 def comparison_table(config, last):
-    """Markdown: a row for each arm, a column for each figure. last: arm -> its last evaluation of each seed."""
+    """Markdown: a row for each arm, a column for each figure. last: arm -> last evaluation of each seed."""
     plain = last.get("OPD") or next(iter(last.values()))  # what the others are compared with
     names = [name for name in plain[0] if re.match("eval/(exact_match|reverse_kl)", name)]
     lines = [f"| {config.seeds} seeds, {config.steps} steps | " + " | ".join(names) + " |",
