@@ -24,7 +24,7 @@ divergences, an inference server, learning-rate schedules, logging services (met
 """
 
 import argparse, contextlib, dataclasses, datetime, difflib, hashlib, json, math, os, re, resource, shutil
-import signal, sys, threading, time, warnings
+import signal, statistics, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,9 +89,9 @@ def filter_trajectories(scores, percentile):
     if not finite.any():
         return finite
     ordered = scores[finite].double().sort().values  # [n]
-    place = percentile * (len(ordered) - 1) / 100  # multiplied first: percentile / 100 could drop a tie
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return finite & (scores >= low + (place - math.floor(place)) * (high - low))
+    position = round(percentile * (len(ordered) - 1) / 100, 9)  # 161.00000000000003 would lose a tie
+    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+    return finite & (scores.double() >= low + (position - math.floor(position)) * (high - low))
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0, scope="trajectory"):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the scope's valid tokens.
@@ -123,7 +123,7 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL(pi_S || pi_T)
     at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, when old_log_probs are this very
     pass's: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], log-probs in nats.
-    num_tokens counts the kept tokens of the whole update, over all micro-batches and ranks, because their
+    num_tokens counts the kept tokens of the whole mini-batch, over all micro-batches and ranks, because their
     gradients ADD: dividing each by its own count would weigh the tokens of a short micro-batch more.
     """
     mask = mask.bool()
@@ -137,70 +137,37 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
     return -objective.sum() / num_tokens
 
-class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
-
-    At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
-    tensors of the run by far. Here one chunk of them lives at a time, and backward computes it again.
-    """
-
-    @staticmethod
-    def logits(h, w, temperature):  # [chunk, D], [V, D] -> [chunk, V]
-        return upcast(h @ w.T).div_(temperature)
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, temperature, chunk):
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.save_for_backward(hidden, weight, targets)
-        w, log_probs, entropy = weight.to(ctx.dtype), [], []
-        for h, y in zip(hidden.to(ctx.dtype).split(chunk), targets.split(chunk)):
-            z = ChunkedLogProbs.logits(h, w, temperature)
-            log_p = z.sub_(z.logsumexp(1, keepdim=True))  # [chunk, V]
-            log_probs.append(log_p.gather(1, y[:, None])[:, 0])
-            entropy.append(-log_p.exp().mul_(log_p).sum(1))
-        entropy = torch.cat(entropy)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(log_probs), entropy
-
-    @staticmethod
-    def backward(ctx, grad_log_probs, _):
-        hidden, weight, targets = ctx.saved_tensors
-        w, grad_hidden = weight.to(ctx.dtype), []
-        grad_weight = torch.zeros_like(weight, dtype=grad_log_probs.dtype)
-        outer = (grad_log_probs / ctx.temperature)[:, None]  # [N, 1]
-        for h, y, g in zip(*(x.split(ctx.chunk) for x in (hidden.to(ctx.dtype), targets[:, None], outer))):
-            p = ChunkedLogProbs.logits(h, w, ctx.temperature).softmax(1)
-            grad = p.mul_(-g).scatter_add_(1, y, g).to(ctx.dtype)  # d log p_y / d logits = onehot(y) - p
-            grad_hidden.append(grad @ w)
-            if grad.dtype == grad_weight.dtype:
-                grad_weight.addmm_(grad.T, h)  # no second [V, D]
-            else:
-                grad_weight += grad.T @ h
-        return torch.cat(grad_hidden).to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
-
-def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=64):
+def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128):
     """log pi(target_n) and H_n of pi = softmax(hidden W^T / temperature), never whole over [N, V].
 
     hidden [N, D], lm_head_weight [V, D], targets [N] -> log_probs [N] (differentiable) and
-    entropy [N] (not), in nats.
+    entropy [N] (not), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with
+    their gradient: the largest tensors of the run by far. Here one chunk of tokens has logits at a time, and
+    the backward pass computes them again.
     """
-    return ChunkedLogProbs.apply(hidden, lm_head_weight, targets, temperature, chunk)
+    def one_chunk(h, y):  # [chunk, D], [chunk] -> [chunk], [chunk]
+        log_pi = (upcast(h @ lm_head_weight.T) / temperature).log_softmax(1)  # [chunk, V]
+        with torch.no_grad():
+            entropy = -(log_pi.exp() * log_pi).sum(1)
+        return log_pi.gather(1, y[:, None])[:, 0], entropy
+
+    chunks = zip(hidden.split(chunk), targets.split(chunk))
+    log_probs, entropy = zip(*[checkpoint(one_chunk, h, y, use_reentrant=False) for h, y in chunks])
+    return torch.cat(log_probs), torch.cat(entropy)
 
 def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u is a draw from pi.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens [B], log_probs [B]. Given u the sampler is a function: no
     generator state to save, share or restore. The sum is in float64 and u is scaled by its end: in float32 a
-    sum over 152 k entries ends short of 1, and a u beyond its end would be no token at all.
+    sum over 152 k entries ends short of 1, and a u beyond its end would be no token at all. NaN logits give
+    the last token and a NaN log-prob, for the loss to find.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
-    end = cdf[:, -1]
-    point = torch.minimum(uniforms.double() * end, torch.nextafter(end, torch.zeros_like(end)))
-    tokens = torch.searchsorted(cdf, point[:, None], right=True)  # [B, 1]; right: skips probability 0
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN logits find no place; the loss will tell
+    points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
+    tokens = torch.searchsorted(cdf, points[:, None], right=True)  # [B, 1]; right: skips probability 0
+    tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
@@ -212,7 +179,7 @@ def rank():
 def world_size():
     return int(os.environ.get("WORLD_SIZE", 1))
 
-def share(table):
+def sum_over_ranks(table):
     """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
     sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
     if dist.is_initialized():
@@ -220,7 +187,7 @@ def share(table):
     return table
 
 def barrier():
-    share(torch.zeros(1))
+    sum_over_ranks(torch.zeros(1))
 
 class Stopped(Exception):
     """The run was told to stop and has left its step before the update."""
@@ -229,7 +196,7 @@ STOP = threading.Event()  # set by SIGTERM and SIGINT
 
 def stop_if_told():
     """Asked of all ranks together, so that they leave the step at the same place."""
-    if share(torch.tensor(float(STOP.is_set()))) > 0:
+    if sum_over_ranks(torch.tensor(float(STOP.is_set()))) > 0:
         raise Stopped
 
 
@@ -258,9 +225,9 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, config):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, config.temperature
-        self.device, self.chunk = config.device, 64 if config.device == "cpu" else 1024
-        half = config.dtype == "bfloat16"
-        self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=half)
+        self.device, self.chunk = config.device, 128 if config.device == "cpu" else 1024
+        bf16 = config.dtype == "bfloat16"
+        self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=bf16)
 
     def layers(self):
         """The transformer blocks: what is recomputed, and what is sharded."""
@@ -335,7 +302,7 @@ class Prompt:
 @dataclass
 class Run:
     """What a run holds: filled by `load`, used by every phase."""
-    config: object
+    config: "Config"
     prompts: list = field(default_factory=list)
     eval_prompts: list = field(default_factory=list)
     tokenizer: object = None
@@ -417,7 +384,8 @@ def rollout(run, prompts, *key):
             [prompts[i].ids for i in rows],
             uniforms(config.seed, *key, rows=rows, width=config.max_new_tokens), run.eos_ids, run.pad_id)
     stop_if_told()
-    share(tokens), share(log_probs)
+    for table in (tokens, log_probs):
+        sum_over_ranks(table)
     mask = response_mask(tokens, run.eos_ids)
     ended = (is_eos(tokens, run.eos_ids) & mask).any(1)
     log_probs = log_probs.masked_fill(~mask, 0)
@@ -433,8 +401,8 @@ def score(run, rollouts):
         for micro in micro_batches(rows, rollouts.lengths(), run.config.micro_batch_tokens):
             flat = teacher(*pack(rollouts, micro, run.config.device))  # [n], [n]
             log_probs[micro], entropy[micro] = (unpack(x.float().cpu(), rollouts.mask[micro]) for x in flat)
-    rollouts.teacher_log_probs, rollouts.teacher_entropy = share(log_probs), share(entropy)
-    rollouts.scores = trajectory_scores(log_probs, rollouts.mask)
+    rollouts.teacher_log_probs, rollouts.teacher_entropy = map(sum_over_ranks, (log_probs, entropy))
+    rollouts.scores = trajectory_scores(rollouts.teacher_log_probs, rollouts.mask)
     stop_if_told()
 
 def choose_trajectories(config, rollouts, step):
@@ -485,7 +453,7 @@ def update(run, rollouts):
             skipped += 1
         run.optimizer.zero_grad(set_to_none=True)
     for table in tables:
-        share(table)
+        sum_over_ranks(table)
     mean = lambda values: sum(values) / len(values) if values else math.nan
     return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=skipped)
 
@@ -503,7 +471,7 @@ def backward(run, rollouts, rows):
             piece = micro_batch_loss(run, rollouts, micro, count)
             (piece * world_size()).backward()  # DDP and FSDP average over the ranks; these pieces add
         loss += piece.detach().cpu()
-    return share(loss).item()
+    return sum_over_ranks(loss).item()
 
 def micro_batch_loss(run, rollouts, rows, count):
     """The student's one pass over these rows, their weights, and their share of the mini-batch's loss.
@@ -566,6 +534,73 @@ def gradient_exchange(trained, last):
     wait = isinstance(trained, DistributedDataParallel) and not last
     with trained.no_sync() if wait else contextlib.nullcontext():
         yield
+
+
+# --- The run ------------------------------------------------------------------------------------------------
+
+def train(config):
+    """A whole run. Told to stop, it saves where it is and raises Stopped."""
+    started, run = time.time(), load(config)
+    self_test(run)  # only now: a forward leaves a sharded student whole, the optimizer wants its shards
+    try:
+        if due(run, config.eval_every):
+            evaluate(run)
+        with progress(config.steps, "distil") as bar:
+            bar.update(run.step)
+            while run.step < config.steps:
+                metrics, rollouts = train_step(run)
+                run.step += 1
+                report(run, bar, metrics, rollouts)
+                stop_if_diverged(run, metrics)
+                if due(run, config.eval_every):
+                    evaluate(run)
+                if due(run, config.save_every):
+                    save_checkpoint(run)
+    except Stopped:
+        saved = save_checkpoint(run) if config.steps else "nothing"
+        say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
+            f"python fire_opd.py --config {config.output_dir}/config.json --resume")
+        raise
+    if config.steps:
+        summary(config, time.time() - started)
+
+def due(run, every):
+    """Whether something is done after this step: at both ends of a run, and in between as often as wanted."""
+    return run.step in (0, run.config.steps) or every and run.step % every == 0
+
+def report(run, bar, metrics, rollouts):
+    log(run, metrics)
+    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {response_length:.0f}, "
+            "{tokens_per_second:.0f} tokens/s").format(**metrics)
+    bar.update()
+    bar.set_postfix_str(line)
+    if bar.disable and run.step % max(1, run.config.steps // 10) == 0:  # no terminal: a line now and then
+        say(f"step {run.step}/{run.config.steps}: {line}")
+    if run.step in (1, run.config.steps):
+        show(run, rollouts)
+
+def stop_if_diverged(run, metrics):
+    run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
+    if run.failures == 3:
+        raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; the last "
+                        f"good weights are in {save_checkpoint(run)}; look at score in metrics.jsonl, lower "
+                        f"--lr, check the teacher with --steps 0")
+
+def summary(config, seconds):
+    """Before and after, both read from the log, and the commands to type next."""
+    (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
+    say(f"\n{'':24}{'before':>10}{'after':>10}")
+    for rows in (evaluations, steps):
+        for name in rows[0] if rows else ():
+            if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|response_length$", name):
+                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
+                say(f"{name:24}{before:10.3f}{after:10.3f}")
+    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
+    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
+        f"{newest}. Next:\n"
+        f"  evaluate  {command} --steps 0 --student {newest}\n"
+        f"  go on     {command} --resume --steps {2 * config.steps}\n"
+        f"  use       transformers.pipeline('text-generation', '{newest}')")
 
 
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
@@ -691,75 +726,6 @@ def show(run, rollouts):
         say(f"{verdict} in step {run.step}, score {rollouts.scores[i]:.3f}, {legend}:")
         if rank() == 0:
             tqdm.write(text)
-
-
-# --- The run ------------------------------------------------------------------------------------------------
-
-def train(config):
-    """A whole run. Told to stop, it saves where it is and raises Stopped."""
-    started, run = time.time(), load(config)
-    if config.resume:
-        resume(run)
-    self_test(run)  # only now: a forward leaves a sharded student whole, the optimizer wants its shards
-    try:
-        if due(run, config.eval_every):
-            evaluate(run)
-        with progress(config.steps, "distil") as bar:
-            bar.update(run.step)
-            while run.step < config.steps:
-                metrics, rollouts = train_step(run)
-                run.step += 1
-                report(run, bar, metrics, rollouts)
-                stop_if_diverged(run, metrics)
-                if due(run, config.eval_every):
-                    evaluate(run)
-                if due(run, config.save_every):
-                    save_checkpoint(run)
-    except Stopped:
-        saved = save_checkpoint(run) if config.steps else "nothing"
-        say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
-            f"python fire_opd.py --config {config.output_dir}/config.json --resume")
-        raise
-    if config.steps:
-        summary(config, time.time() - started)
-
-def due(run, every):
-    """Whether something is done after this step: at both ends of a run, and in between as often as wanted."""
-    return run.step in (0, run.config.steps) or every and run.step % every == 0
-
-def report(run, bar, metrics, rollouts):
-    log(run, metrics)
-    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {response_length:.0f}, "
-            "{tokens_per_second:.0f} tokens/s").format(**metrics)
-    bar.update()
-    bar.set_postfix_str(line)
-    if bar.disable and run.step % max(1, run.config.steps // 10) == 0:  # no terminal: a line now and then
-        say(f"step {run.step}/{run.config.steps}: {line}")
-    if run.step in (1, run.config.steps):
-        show(run, rollouts)
-
-def stop_if_diverged(run, metrics):
-    run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
-    if run.failures == 3:
-        raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; the last "
-                        f"good weights are in {save_checkpoint(run)}; look at score in metrics.jsonl, lower "
-                        f"--lr, check the teacher with --steps 0")
-
-def summary(config, seconds):
-    """Before and after, both read from the log, and the commands to type next."""
-    (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
-    say(f"\n{'':24}{'before':>10}{'after':>10}")
-    for rows in (evaluations, steps):
-        for name in rows[0] if rows else ():
-            if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|response_length$", name):
-                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
-                say(f"{name:24}{before:10.3f}{after:10.3f}")
-    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
-    say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
-        f"{newest}. Next:\n"
-        f"  evaluate  {command} --steps 0 --student {newest}\n"
-        f"  go on     {command} --resume --steps {2 * config.steps}\n"
-        f"  use       transformers.pipeline('text-generation', '{newest}')")
 
 
 # --- Settings: each is named, typed and bounded once; flags, JSON keys, --help and errors follow ------------
@@ -1096,11 +1062,15 @@ def load(config):
         note("no --eval-prompts", "nothing held out is evaluated")
     note(f"first prompt, {len(run.prompts[0].ids)} tokens: {run.tokenizer.decode(run.prompts[0].ids)!r}")
     open_output(config)
+    if config.resume:
+        student, state = newest_checkpoint(config, prompts_digest(run))
     if config.shard and world_size() > 1:
         run.mesh = init_device_mesh(config.device, (world_size(),))
-    load_student(run, newest_checkpoint(config)[0] if config.resume else student)
+    load_student(run, student)
     for name, folder in teachers.items():
         load_teacher(run, name, folder, theirs[name])
+    if config.resume:
+        resume(run, student, state["step"])
     report_memory(run)
     return run
 
@@ -1229,8 +1199,8 @@ def checkpoints(folder):
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if re.fullmatch(r"checkpoint-\d{6}", name)]
 
-def newest_checkpoint(config):
-    """The checkpoint that --resume continues, and its state; a UserError if its settings were others."""
+def newest_checkpoint(config, digest=None):
+    """The checkpoint that --resume continues, and its state; an error if settings or prompts were others."""
     found = checkpoints(config.output_dir)
     if not found:
         raise UserError(f"--resume: no complete checkpoint in {config.output_dir!r}; start without --resume")
@@ -1245,17 +1215,36 @@ def newest_checkpoint(config):
     if changed:
         raise UserError(f"--resume: other settings than those of {found[-1]}: {'; '.join(changed)}; only "
                         f"{', '.join(MAY_DIFFER)} may differ")
+    if digest and digest != state["prompts"]:
+        raise UserError(f"--resume: {config.prompts} has other prompts than for {found[-1]}; restore it")
     return found[-1], state
 
 def prompts_digest(run):
     content = json.dumps([(prompt.ids, prompt.teacher) for prompt in run.prompts])
     return hashlib.sha256(content.encode()).hexdigest()
 
+@contextlib.contextmanager
+def complete_folder(folder):
+    """A folder that gets its name when all of it is on the disk: no kill at any moment leaves half of one."""
+    def to_disk(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    temporary = folder + ".partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.makedirs(temporary)
+    yield temporary
+    for name in os.listdir(temporary):
+        to_disk(os.path.join(temporary, name))
+    to_disk(temporary)
+    os.rename(temporary, folder)
+    to_disk(os.path.dirname(folder))
+
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of plain, DDP and sharded models alike
 
 def save_checkpoint(run):
-    """The student (an ordinary checkpoint folder), its optimizer and the step, under a temporary name that
-    becomes the real one when all of it is on the disk: a kill at any moment leaves no half a checkpoint.
+    """The student (an ordinary checkpoint folder), its optimizer and the step.
 
     There is no random state in it and no data position: both are functions of the seed and the step.
     """
@@ -1266,9 +1255,8 @@ def save_checkpoint(run):
     if run.optimizer.state:
         moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if rank() == 0 and not os.path.exists(folder):
-        with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"):
-            temporary = os.path.join(config.output_dir, "partial")
-            shutil.rmtree(temporary, ignore_errors=True)
+        with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"), \
+                complete_folder(folder) as temporary:
             # Under the model's own names, and once: a tied head is saved as the embedding that it is.
             untied = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
             weights = {name.removeprefix("model."): value for name, value in weights.items()}
@@ -1279,25 +1267,13 @@ def save_checkpoint(run):
                        for key, value in entry.items()}, os.path.join(temporary, "optimizer.safetensors"))
             state = dict(step=run.step, settings=settings_of(config), prompts=prompts_digest(run))
             write_json(os.path.join(temporary, "trainer_state.json"), state)
-            for path in [os.path.join(temporary, name) for name in os.listdir(temporary)] + [temporary]:
-                sync_to_disk(path)
-            os.rename(temporary, folder)
-            sync_to_disk(config.output_dir)
-            for old in checkpoints(config.output_dir)[:-config.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in checkpoints(config.output_dir)[:-config.keep]:
+            shutil.rmtree(old, ignore_errors=True)
     barrier()
     return folder
 
-def sync_to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-def resume(run):
-    """Restore the optimizer and the step (load() has taken the weights) and cut the log back to that step."""
-    folder, state = newest_checkpoint(run.config)
-    if state["prompts"] != prompts_digest(run):
-        raise UserError(f"--resume: {run.config.prompts} has other prompts than for {folder}; restore it")
+def resume(run, folder, step):
+    """Restore the optimizer and the step (the weights are loaded already), cut the log back to that step."""
     with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
         if moments := load_file(os.path.join(folder, "optimizer.safetensors")):
             optimizer = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
@@ -1305,7 +1281,7 @@ def resume(run):
                 entry.update({key: moments.pop(f"{name}.{key}") for key in entry})
             set_optimizer_state_dict(run.trained, run.optimizer, optimizer, options=StateDictOptions(
                 full_state_dict=True, cpu_offload=True, broadcast_from_rank0=world_size() > 1))
-    run.step, path = state["step"], os.path.join(run.config.output_dir, "metrics.jsonl")
+    run.step, path = step, os.path.join(run.config.output_dir, "metrics.jsonl")
     if rank() == 0:
         with explain(path, "it must be the log of the run to continue"):
             rows = []
@@ -1352,9 +1328,6 @@ def tiny_rows(rng, count, digits, mixture):
         prompt = "".join(map(str, numbers)) + domain + "="
         yield dict(prompt=prompt, answer="".join(map(str, answer)), group=domain)
 
-def even(domains):
-    return {domain: 1 / len(domains) for domain in domains}
-
 def pretrain(name, shape, domains, target_loss, tiny, seed):
     """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
     torch.manual_seed(seed)
@@ -1368,8 +1341,8 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):
     smooth, step = math.inf, 0
     with progress(tiny["pretrain_steps"], name) as bar:
         while smooth >= target_loss and step < tiny["pretrain_steps"]:
-            texts = [row["prompt"] + row["answer"] + "<eos>"
-                     for row in tiny_rows(rng, 128, tiny["digits"], even(domains))]
+            rows = tiny_rows(rng, 128, tiny["digits"], dict.fromkeys(domains, 1 / len(domains)))
+            texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
             ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
             labels = ids.clone()
             labels[:, :tiny["digits"] + 2] = -100  # the prompt is not learned
@@ -1398,12 +1371,10 @@ def make_tiny(config):
     made_of = dict(seed=config.seed, regime=config.regime, tiny=config.tiny)
     torch.set_num_threads(1)  # two are slower for so small a model
     if rank() == 0 and not os.path.exists(root):
-        with explain(f"tiny pair {root}", f"mend tiny in {config.config}, or choose another --output-dir"):
-            shutil.rmtree(root + ".partial", ignore_errors=True)
-            os.makedirs(root + ".partial")
-            write_tiny(root + ".partial", config.tiny, regime, config.seed)
-            write_json(os.path.join(root + ".partial", "made.json"), made_of)
-            os.rename(root + ".partial", root)
+        with explain(f"tiny pair {root}", f"mend tiny in {config.config}, or choose another --output-dir"), \
+                complete_folder(root) as temporary:
+            write_tiny(temporary, config.tiny, regime, config.seed)
+            write_json(os.path.join(temporary, "made.json"), made_of)
     barrier()
     with open(os.path.join(root, "made.json"), encoding="utf-8") as file:
         if json.load(file) != made_of:
@@ -1427,7 +1398,8 @@ def write_tiny(folder, tiny, regime, seed):
         tiny_tokenizer().save_pretrained(os.path.join(folder, name))
     grades = {domain: name for name, domain in teachers.items()}
     rng, first = np.random.default_rng((seed, ORDER)), next(iter(teachers))
-    for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even(mixture))):
+    even = dict.fromkeys(mixture, 1 / len(mixture))
+    for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
         with open(os.path.join(folder, name + ".jsonl"), "w", encoding="utf-8") as file:
             for row in tiny_rows(rng, count, tiny["digits"], shares):
                 row["teacher"] = grades.get(row["group"], first)
@@ -1495,10 +1467,10 @@ def comparison_table(config, last):
 
 def interval(values):
     """Mean, standard deviation and half width of the 95 % interval (Student's t) over seeds."""
-    n, centre = len(values), sum(values) / len(values)
+    n, centre = len(values), statistics.mean(values)
     if n < 2:
         return centre, math.nan, math.nan
-    deviation = math.sqrt(sum((value - centre) ** 2 for value in values) / (n - 1))
+    deviation = statistics.stdev(values)
     t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile at n - 1 = 1 to 9
     return centre, deviation, (t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * deviation / math.sqrt(n)
 
@@ -1524,7 +1496,7 @@ def set_up(config):
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if not config.output_dir:
-        now = share(torch.tensor(0.0 if rank() else time.time(), dtype=torch.float64)).item()
+        now = sum_over_ranks(torch.tensor(0.0 if rank() else time.time(), dtype=torch.float64)).item()
         config.output_dir = time.strftime("runs/%Y%m%d-%H%M%S", time.localtime(now))
 
 def fail(message):
