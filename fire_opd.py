@@ -137,23 +137,59 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
     return -objective.sum() / num_tokens
 
-def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128):
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
+
+    At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
+    tensors of the run by far. Here only a chunk of tokens has logits at a time, and the backward pass computes
+    them again. (torch.utils.checkpoint around each chunk would do the same in 12 lines: its backward pass took
+    twice as long on a CPU, most of it for a gradient [V, D] from every chunk.)
+    """
+
+    @staticmethod
+    def logits(h, w, temperature):  # [chunk, D], [V, D] -> [chunk, V]
+        return upcast(h @ w.T).div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.save_for_backward(hidden, weight, targets)
+        w, log_probs, entropy = weight.to(ctx.dtype), [], []
+        for h, y in zip(hidden.to(ctx.dtype).split(chunk), targets.split(chunk)):
+            z = ChunkedLogProbs.logits(h, w, temperature)
+            log_p = z.sub_(z.logsumexp(1, keepdim=True))  # [chunk, V]
+            log_probs.append(log_p.gather(1, y[:, None])[:, 0])
+            entropy.append(-log_p.exp().mul_(log_p).sum(1))
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(log_probs), entropy
+
+    @staticmethod
+    def backward(ctx, grad_log_probs, _):
+        hidden, weight, targets = ctx.saved_tensors
+        w, grad_hidden = weight.to(ctx.dtype), []
+        grad_weight = torch.zeros_like(weight, dtype=grad_log_probs.dtype)
+        outer = (grad_log_probs / ctx.temperature)[:, None]  # [N, 1]
+        for h, y, g in zip(*(x.split(ctx.chunk) for x in (hidden.to(ctx.dtype), targets[:, None], outer))):
+            p = ChunkedLogProbs.logits(h, w, ctx.temperature).softmax(1)
+            # d log pi(y) / d logits = (onehot(y) - p) / temperature
+            grad = p.mul_(-g).scatter_add_(1, y, g).to(ctx.dtype)  # [chunk, V]
+            grad_hidden.append(grad @ w)
+            if grad.dtype == grad_weight.dtype:
+                grad_weight.addmm_(grad.T, h)  # in place: [V, D] is large
+            else:
+                grad_weight += grad.T @ h
+        return torch.cat(grad_hidden).to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
+
+def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=64):
     """log pi(target_n) and H_n of pi = softmax(hidden W^T / temperature), never whole over [N, V].
 
     hidden [N, D], lm_head_weight [V, D], targets [N] -> log_probs [N] (differentiable) and
-    entropy [N] (not), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with
-    their gradient: the largest tensors of the run by far. Here one chunk of tokens has logits at a time, and
-    the backward pass computes them again.
+    entropy [N] (not), in nats.
     """
-    def one_chunk(h, y):  # [chunk, D], [chunk] -> [chunk], [chunk]
-        log_pi = (upcast(h @ lm_head_weight.T) / temperature).log_softmax(1)  # [chunk, V]
-        with torch.no_grad():
-            entropy = -(log_pi.exp() * log_pi).sum(1)
-        return log_pi.gather(1, y[:, None])[:, 0], entropy
-
-    chunks = zip(hidden.split(chunk), targets.split(chunk))
-    log_probs, entropy = zip(*[checkpoint(one_chunk, h, y, use_reentrant=False) for h, y in chunks])
-    return torch.cat(log_probs), torch.cat(entropy)
+    return ChunkedLogProbs.apply(hidden, lm_head_weight, targets, temperature, chunk)
 
 def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u is a draw from pi.
@@ -225,7 +261,7 @@ class Policy(nn.Module):
     def __init__(self, model, vocab_size, config):
         super().__init__()
         self.model, self.vocab_size, self.temperature = model, vocab_size, config.temperature
-        self.device, self.chunk = config.device, 128 if config.device == "cpu" else 1024
+        self.device, self.chunk = config.device, 64 if config.device == "cpu" else 1024
         bf16 = config.dtype == "bfloat16"
         self.autocast = lambda: torch.autocast(config.device, torch.bfloat16, enabled=bf16)
 
