@@ -12,7 +12,8 @@ One step, and where to read it (pi_S is the student, pi_T the teacher, H an entr
   5. loss       the clipped policy gradient of w_t A_t, advantage A_t = log(pi_T / pi_S)  policy_loss
   6. update     one AdamW step from the kept tokens of all micro-batches and ranks        update
 
-`train_step` puts these together, `train` is the loop around it; what follows after `train` can be skipped.
+`train_step` puts these together, `train` is the loop around it, and what follows `train` serves them. All
+settings are fields of `Config`, each a flag; `run.config.x` is --x.
 
     python fire_opd.py                                           # a tiny pair, no download, under a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                     # real models, one GPU
@@ -24,7 +25,7 @@ divergences, an inference server, learning-rate schedules, logging services (met
 """
 
 import argparse, contextlib, dataclasses, datetime, difflib, hashlib, json, math, os, re, resource, shutil
-import signal, statistics, sys, threading, time, warnings
+import signal, sys, threading, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,7 +125,8 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, when old_log_probs are this very
     pass's: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], log-probs in nats.
     num_tokens counts the kept tokens of the whole mini-batch, over all micro-batches and ranks, because their
-    gradients ADD: dividing each by its own count would weigh the tokens of a short micro-batch more.
+    gradients ADD: dividing each by its own count would weigh the tokens of a short micro-batch more. (The
+    mean over trajectories of theirs: weights divided by their lengths, and the number of trajectories here.)
     """
     mask = mask.bool()
 
@@ -141,9 +143,9 @@ class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(hidden W^T / temperature)[target] and its entropy, a chunk of tokens at a time.
 
     At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
-    tensors of the run by far. Here only a chunk of tokens has logits at a time, and the backward pass computes
-    them again. (torch.utils.checkpoint around each chunk would do the same in 12 lines: its backward pass took
-    twice as long on a CPU, most of it for a gradient [V, D] from every chunk.)
+    tensors of the run by far. Here only one chunk of tokens has logits at a time, and backward computes them
+    again. (torch.utils.checkpoint around each chunk would do the same in 12 lines, but its backward took twice
+    as long on a CPU, most of it for a gradient [V, D] from every chunk.)
     """
 
     @staticmethod
@@ -301,9 +303,10 @@ class Policy(nn.Module):
             while len(ids) and (done := ids.shape[1] - width) < length:
                 if done and STOP.is_set():  # not at 0: the first forward of a sharded student is a collective
                     break
-                ids = self.model.generate(
+                ids = self.model.generate(  # takes up where the cache ends
                     ids, attention_mask=attention, past_key_values=cache, logits_processor=[sampler],
-                    max_new_tokens=min(self.SEGMENT, length - done))
+                    max_new_tokens=min(self.SEGMENT, length - done),
+                    synced_gpus=False)  # ranks write responses of different lengths: none waits for another
                 new = ids[:, width + done:]  # [n, <= SEGMENT]
                 tokens[sampler.rows, done:done + new.shape[1]] = new
                 unfinished = ~is_eos(new, eos_ids).any(1)  # [n]
@@ -415,6 +418,8 @@ def rollout(run, prompts, *key):
     log_probs = torch.zeros(tokens.shape)  # [B, T]
     mine = range(rank(), len(prompts), world_size())
     for start in range(0, len(mine), config.rollout_batch_size):
+        if start and STOP.is_set():
+            break
         rows = list(mine[start:start + config.rollout_batch_size])
         tokens[rows], log_probs[rows] = run.student.sample(
             [prompts[i].ids for i in rows],
@@ -629,8 +634,7 @@ def summary(config, seconds):
     for rows in (evaluations, steps):
         for name in rows[0] if rows else ():
             if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|response_length$", name):
-                before, after = (math.nan if row[name] is None else row[name] for row in (rows[0], rows[-1]))
-                say(f"{name:24}{before:10.3f}{after:10.3f}")
+                say(f"{name:24}{rows[0][name]:10.3f}{rows[-1][name]:10.3f}")
     newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
     say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
         f"{newest}. Next:\n"
@@ -644,13 +648,13 @@ def summary(config, seconds):
 def is_correct(response, answer):
     """Whether the last \\boxed{...} is the answer; without one, the whole response or its last number."""
     def clean(text):
-        return re.sub(r"[\s$,]|\\left|\\right", "", text).rstrip(".")
+        return re.sub(r"[\s$]|\\left|\\right|(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".")
 
     if (start := response.rfind("\\boxed{") + 7) >= 7:
         depth = np.cumsum([(c == "{") - (c == "}") for c in response[start:]])
         end = start + int((depth < 0).argmax()) if len(depth) else start  # the brace that closes the box
         return clean(response[start:end]) == clean(answer)
-    numbers = re.findall(r"-?\d[\d,]*\.?\d*", response)
+    numbers = re.findall(r"-?\d[\d,]*\.?\d*(?:/\d+)?", response)
     return response.strip() == answer.strip() or bool(numbers) and clean(numbers[-1]) == clean(answer)
 
 def measure(run, rollouts, groups):
@@ -715,16 +719,13 @@ def speed(run, rollouts, seconds):
     """Seconds of each phase, response tokens/s, peak memory, MFU: scoring is one forward, an update three."""
     lengths, responses = torch.tensor(rollouts.lengths()).double(), rollouts.mask.sum(1)  # [B], [B]
     unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20  # ru_maxrss is in bytes there, in KB elsewhere
-    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    device = ""
+    peak_memory, device = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, ""
     if run.config.device == "cuda":
-        device, peak_memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2 ** 30
+        peak_memory, device = torch.cuda.max_memory_allocated() / 2 ** 30, torch.cuda.get_device_name()
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), math.nan) * world_size()
-    scoring, keep = 0, rollouts.keep
-    for name, teacher in run.teachers.items():
-        own = rollouts.of_teacher(name)
-        scoring += forward_flops(teacher, lengths[own], responses[own])
-    training = 3 * forward_flops(run.student, lengths[keep], responses[keep])
+    flops = lambda policy, rows: forward_flops(policy, lengths[rows], responses[rows])
+    scoring = sum(flops(teacher, rollouts.of_teacher(name)) for name, teacher in run.teachers.items())
+    training = 3 * flops(run.student, rollouts.keep)
     return {f"seconds_{phase}": value for phase, value in seconds.items()} | dict(
         response_tokens=int(responses.sum()), tokens_per_second=int(responses.sum()) / sum(seconds.values()),
         mfu_score=scoring / seconds["score"] / peak, mfu_update=training / seconds["update"] / peak,
@@ -778,8 +779,7 @@ class Config:
     steps: int = setting(100, "run", "steps; 0 checks everything, evaluates and stops", 0, 999999)
     seed: int = setting(0, "run", "of prompt order, sampling and the tiny pair", 0, 2**32 - 1)
     device: str = setting("auto", "run", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "run", "of the computation; parameters are float32 (auto: bfloat16 on cuda)",
-                         choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "run", "auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     teacher: list = setting((), "models", "checkpoint folder or hub name; of several each as NAME=PATH")
     student: str = setting("", "models", "checkpoint folder or hub name")
     trust_remote_code: bool = setting(False, "models", "run model code that a checkpoint brings along")
@@ -800,10 +800,8 @@ class Config:
     filter_scope: str = setting("step", "method", "of one quantile", choices=("step", "teacher"))
     alpha: float = setting(1.0, "method", "strength of teacher confidence in the weights", 0)
     beta: float = setting(1.0, "method", "strength of student confusion in the weights", 0)
-    token_weights: str = setting("soft", "method", "hard: 0 or 1 by the same weights; shuffled: a control",
-                                 choices=("soft", "hard", "shuffled"))
-    loss_agg: str = setting("token-mean", "method", "mean over all tokens, or over trajectories of theirs",
-                            choices=("token-mean", "seq-mean"))
+    token_weights: str = setting("soft", "method", "hard: all or nothing", choices=("soft", "hard", "shuffled"))
+    loss_agg: str = setting("token-mean", "method", "of the loss", choices=("token-mean", "seq-mean"))
     clip_ratio: float = setting(0.2, "method", "eps of the clipped objective", 1e-6, 1)
     updates_per_rollout: int = setting(1, "method", "mini-batches a step, with one AdamW update each", 1)
     lr: float = setting(1e-6, "optimizer", "constant learning rate of AdamW (betas 0.9, 0.999)", 1e-12)
@@ -834,7 +832,7 @@ def explain(what, advice):
     """Turns whatever a library raises on a user's file into one line: one mechanism, not a branch a case."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped):
         raise
     except Exception as error:
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ours speak for themselves
@@ -852,13 +850,8 @@ class Parser(argparse.ArgumentParser):
         groups = {}
         for name, f in SETTINGS.items():
             group, text = f.metadata["group"], f.metadata["text"]
-            kind = dict(type=f.type, metavar=f.type.__name__.upper())
-            if f.metadata["choices"]:
-                kind = dict(choices=f.metadata["choices"])
-            elif f.type is bool:
-                kind = dict(action=argparse.BooleanOptionalAction)
-            elif f.type is list:
-                kind = dict(action="append", metavar="[NAME=]PATH")
+            kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(action="append")}
+            kind = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
             if f.type in (int, float) or f.default:
                 text += f" [{f.default}]"
             groups[group] = groups.get(group) or self.add_argument_group(group)
@@ -871,7 +864,7 @@ class Parser(argparse.ArgumentParser):
         values, unknown = self.parse_known_args(argv)
         if unknown:
             near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, SETTINGS), 1, cutoff=0)[0]
-            self.error(f"unknown argument {unknown[0][:80]!r}, the nearest known one is {near}")
+            self.error(f"unknown argument {unknown[0][:80]!r}; the nearest known one is {near}")
         return vars(values)
 
     def read_json(self, path, flags):
@@ -886,6 +879,8 @@ class Parser(argparse.ArgumentParser):
                 settings |= tiny["regimes"][regime]["settings"]
             argv = []
             for name, value in settings.items():
+                if name == "help" or not isinstance(value, (str, int, float, list)):
+                    raise ValueError(f"{name} cannot be {value!r}")
                 if isinstance(value, bool):
                     argv.append(flag(name) if value else flag("no_" + name))
                 else:
@@ -901,7 +896,7 @@ def parse_config(argv):
     parser = Parser()
     flags = parser.read(argv, "command line")
     path = flags.get("config", "")
-    if not path and not flags.keys() & {"teacher", "student", "prompts"}:
+    if not path and not flags.keys() & {"teacher", "student", "prompts", "eval_prompts"}:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
     config = Config(**(parser.read_json(path, flags) if path else {}) | flags)
     for name, f in SETTINGS.items():
@@ -909,7 +904,9 @@ def parse_config(argv):
         if low is not None and (not low <= value <= high or value == math.inf):
             raise UserError(f"{name} must be finite and in [{low}, {high}], got {str(value)[:80]}")
     missing = [f"--{name}" for name in ("teacher", "student", "prompts") if not getattr(config, name)]
-    if missing and not (config.tiny and len(missing) == 3):
+    if config.tiny and (len(missing) < 3 or config.eval_prompts):
+        raise UserError(f"the tiny pair of {path} brings its own models and prompts; leave yours or it out")
+    if missing and not config.tiny:
         raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % world_size():
         raise UserError(f"batch_size {config.batch_size} must be a multiple of rollouts_per_prompt "
@@ -986,7 +983,7 @@ def parse_prompt(run, row, teachers):
         raise ValueError("the prompt has no tokens")
     if max(ids) >= run.vocab_size:
         raise ValueError(f"{run.tokenizer.convert_ids_to_tokens(max(ids))!r} is unknown to a teacher")
-    return Prompt(ids, row.get("answer"), teacher, row.get("group") or "")
+    return Prompt(ids, row.get("answer") or None, teacher, row.get("group") or "")
 
 def load_prompts(run, path, teachers):
     """-> the prompts of a file, for these teachers; those longer than max_prompt_tokens are dropped."""
@@ -1114,6 +1111,8 @@ def load_student(run, folder):
     config = run.config
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
     model = load_model(run, folder, torch.float32)
+    if model.num_parameters() < 1e6:
+        torch.set_num_threads(1)  # two are slower for so small a model
     run.eos_ids = end_ids(model, run.tokenizer, config, run.vocab_size)
     if not run.eos_ids:
         note("the student has no end of sequence", "every response will be --max-new-tokens long")
@@ -1256,7 +1255,7 @@ def newest_checkpoint(config, digest=None):
     return found[-1], state
 
 def prompts_digest(run):
-    content = json.dumps([(prompt.ids, prompt.teacher) for prompt in run.prompts])
+    content = json.dumps([dataclasses.astuple(prompt) for prompt in run.prompts + run.eval_prompts])
     return hashlib.sha256(content.encode()).hexdigest()
 
 @contextlib.contextmanager
@@ -1340,7 +1339,8 @@ def log(run, row):
 
 def read_log(folder):
     """-> the evaluation rows and the training rows of a run."""
-    rows = [row for _, row in read_jsonl(os.path.join(folder, "metrics.jsonl"))]
+    rows = [{name: math.nan if value is None else value for name, value in row.items()}
+            for _, row in read_jsonl(os.path.join(folder, "metrics.jsonl"))]
     return [row for row in rows if "loss" not in row], [row for row in rows if "loss" in row]
 
 
@@ -1366,6 +1366,7 @@ def tiny_rows(rng, count, digits, mixture):
 
 def pretrain(name, shape, domains, target_loss, tiny, seed):
     """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng, tokenizer = np.random.default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
     heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
@@ -1403,18 +1404,14 @@ def make_tiny(config):
 
     -> config with teacher, student, prompts and eval_prompts filled in: from there on, a run like any other.
     """
-    root, regime = os.path.join(config.output_dir, "tiny"), config.tiny["regimes"][config.regime]
-    made_of = dict(seed=config.seed, regime=config.regime, tiny=config.tiny)
-    torch.set_num_threads(1)  # two are slower for so small a model
+    regime = config.tiny["regimes"][config.regime]
+    made_of = json.dumps([config.seed, config.tiny, regime])
+    root = os.path.join(config.output_dir, "tiny-" + hashlib.sha256(made_of.encode()).hexdigest()[:8])
     if rank() == 0 and not os.path.exists(root):
         with explain(f"tiny pair {root}", f"mend tiny in {config.config}, or choose another --output-dir"), \
                 complete_folder(root) as temporary:
             write_tiny(temporary, config.tiny, regime, config.seed)
-            write_json(os.path.join(temporary, "made.json"), made_of)
     barrier()
-    with open(os.path.join(root, "made.json"), encoding="utf-8") as file:
-        if json.load(file) != made_of:
-            raise UserError(f"{root} holds a pair of other settings; choose another --output-dir")
     return dataclasses.replace(
         config, teacher=[f"{name}={os.path.join(root, name)}" for name in regime["teachers"]], tiny=None,
         student=os.path.join(root, "student"), prompts=os.path.join(root, "prompts.jsonl"),
@@ -1456,7 +1453,7 @@ ARMS = {
 
 def compare(config):
     """Every arm from the same teacher, student, prompts and uniforms, seed by seed; then the table."""
-    arms = [name.strip() for name in config.arms.split(",")] if config.arms else list(ARMS)
+    arms = list(dict.fromkeys(name.strip() for name in config.arms.split(","))) if config.arms else list(ARMS)
     if set(arms) - set(ARMS):
         raise UserError(f"--arms {config.arms!r}: the arms are {', '.join(ARMS)}")
     if not config.steps or not config.tiny and not config.eval_prompts:
@@ -1468,17 +1465,17 @@ def compare(config):
         base = make_tiny(base) if base.tiny else base
         for arm in arms:
             folder = os.path.join(root, arm.replace(" ", "-"))
-            one = dataclasses.replace(base, output_dir=folder, show=0, **ARMS[arm])
-            one.resume = bool(checkpoints(folder))
-            if one.resume:
-                newest_checkpoint(one)  # of other settings, it is an error
-            elif rank() == 0 and os.path.exists(os.path.join(folder, "config.json")):
+            settings = dict(filter_by="likelihood", token_weights="soft") | ARMS[arm]
+            one = dataclasses.replace(base, output_dir=folder, show=0, **settings)
+            one.resume = bool(checkpoints(folder))  # a finished arm has nothing left to do but to be checked
+            if rank() == 0 and not one.resume and os.path.exists(os.path.join(folder, "config.json")):
                 shutil.rmtree(folder)  # interrupted before its first checkpoint
             barrier()
-            if not one.resume or read_log(folder)[0][-1]["step"] < config.steps:
-                say(f"\n=== seed {seed}, {arm}")
-                train(one)
+            say(f"\n=== seed {seed}, {arm}")
+            train(one)
             last[arm].append(read_log(folder)[0][-1])
+            if last[arm][-1]["step"] != config.steps:
+                raise UserError(f"{folder} holds a run of more steps; choose another --output-dir")
     table = comparison_table(config, last)
     say(f"\n{table}\nmean ± half width of its 95 % interval over seeds (standard deviation; paired "
         f"difference to {'OPD' if 'OPD' in arms else arms[0]} ± half width)")
@@ -1503,10 +1500,10 @@ def comparison_table(config, last):
 
 def interval(values):
     """Mean, standard deviation and half width of the 95 % interval (Student's t) over seeds."""
-    n, centre = len(values), statistics.mean(values)
+    n, centre = len(values), np.mean(values)
     if n < 2:
         return centre, math.nan, math.nan
-    deviation = statistics.stdev(values)
+    deviation = np.std(values, ddof=1)
     t = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # 97.5 % quantile at n - 1 = 1 to 9
     return centre, deviation, (t[n - 2] if n <= 10 else 1.96 + 2.6 / (n - 1)) * deviation / math.sqrt(n)
 

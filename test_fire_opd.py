@@ -1,4 +1,8 @@
-"""The tests, in the order of the file: read them as a second tutorial. All of them run offline on a CPU."""
+"""The tests as a second tutorial: in the order of fire_opd.py, each named as a sentence about the method.
+
+All run offline on a CPU in about two minutes; formulas are compared with examples worked by hand, with naive
+float64 loops, with enumeration and with finite differences.
+"""
 
 import copy, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
 
@@ -7,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import fire_opd as f
@@ -15,6 +20,8 @@ torch.set_num_threads(1)
 HERE = os.path.dirname(os.path.abspath(f.__file__))
 FILE = os.path.join(HERE, "fire_opd.py")
 
+
+# --- The method ---------------------------------------------------------------------------------------------
 
 def random_case(seed, B=5, T=9, dtype=torch.float64):
     """Random entropies, log-probs and left-aligned masks; row 0 is empty, row 1 has a single token."""
@@ -26,24 +33,29 @@ def random_case(seed, B=5, T=9, dtype=torch.float64):
     return mask, rand(), rand(), -3 * rand(), -3 * rand()
 
 
-# --- Filter ---------------------------------------------------------------------------------------------------
+def test_the_response_mask_ends_with_the_first_eos_whatever_the_padding():
+    eos, pad, other = 2, 2, 3  # pad == eos, and a second EOS id
+    tokens = torch.tensor([[5, 5, eos, pad, pad], [5, other, 5, eos, pad], [5, 5, 5, 5, 5], [eos, eos, 5, 5, 5]])
+    assert f.response_mask(tokens, {eos, other}).sum(1).tolist() == [3, 2, 5, 1]
+    assert f.response_mask(tokens, set()).all()
 
-def test_a_trajectory_scores_the_mean_teacher_log_prob_of_its_response():
+
+def test_the_score_is_the_mean_teacher_log_prob_of_the_response():
     log_probs = torch.tensor([[-1.0, -3.0, -99.0], [-2.0, math.nan, math.nan], [5.0, 5.0, 5.0]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]])
-    assert f.trajectory_scores(log_probs, mask).tolist() == [-2.0, -2.0, -math.inf]
+    assert f.trajectory_scores(log_probs, mask).tolist() == [-2.0, -2.0, -math.inf]  # (-1 - 3) / 2, -2 / 1, nothing to judge
     assert f.trajectory_scores(log_probs, torch.ones(3, 3))[1].isnan()
     assert f.trajectory_scores(log_probs.double(), mask).dtype == torch.float64
     assert f.trajectory_scores(log_probs.bfloat16(), mask).dtype == torch.float32
 
 
-def test_the_lowest_fifth_of_ten_scores_is_dropped():
+def test_the_filter_drops_the_lowest_fifth():
     scores = torch.arange(10.0)  # the 20 % quantile, interpolated, is 1.8
     assert f.filter_trajectories(scores, 20).tolist() == [False] * 2 + [True] * 8
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_filter_agrees_with_numpys_quantile(seed):
+def test_the_filter_threshold_is_numpys_quantile(seed):
     rng = np.random.default_rng(seed)
     scores, percentile = rng.normal(size=rng.integers(1, 40)), float(rng.uniform(0, 100))
     scores[rng.random(len(scores)) < 0.2] = rng.choice([np.nan, -np.inf])
@@ -52,7 +64,7 @@ def test_the_filter_agrees_with_numpys_quantile(seed):
     assert f.filter_trajectories(torch.tensor(scores), percentile).tolist() == expected.tolist()
 
 
-def test_the_filter_at_its_edges():
+def test_the_filter_keeps_ties_and_never_what_has_no_score():
     keep = lambda scores, p: f.filter_trajectories(torch.tensor(scores), p).tolist()
     assert keep([1.0, 1.0, 1.0, 2.0], 50) == [True] * 4  # ties with the threshold stay
     assert keep([-7.0], 20) == keep([-7.0], 100) == [True]  # a quantile of one number is that number
@@ -63,12 +75,21 @@ def test_the_filter_at_its_edges():
         scores, rank = torch.arange(n, dtype=torch.float64).sin().sort().values, p * (n - 1) / 100
         if rank == int(rank):
             assert f.filter_trajectories(scores, p).sum() == n - int(rank)
+    assert f.filter_trajectories(torch.arange(1001, dtype=torch.float64), 16.1).sum() == 1001 - 161
+    close = torch.tensor([1.0, 1.0 + 2 ** -23])  # two neighbouring floats: their middle is compared in float64
+    assert f.filter_trajectories(close, 40).tolist() == [False, True]
     for bad in (-1, 100.1, math.nan):
         with pytest.raises(ValueError, match="percentile"):
             f.filter_trajectories(torch.zeros(3), bad)
 
 
-# --- Reweight -------------------------------------------------------------------------------------------------
+def test_weights_of_three_tokens_worked_by_hand():
+    teacher_entropy = torch.tensor([[0.0, 1.0, 2.0]])  # sure, less sure, unsure: c = 1 - H / 2 = 1, 1/2, 0
+    student_entropy = torch.tensor([[2.0, 1.0, 0.0]])  # unsure, less, sure:      u = H / 2     = 1, 1/2, 0
+    # (1 + c)(1 + u) = 2 * 2, 3/2 * 3/2, 1 * 1 = 4, 9/4, 1, whose mean is 29/12
+    weights = f.token_weights(teacher_entropy, student_entropy, torch.ones(1, 3))
+    torch.testing.assert_close(weights, torch.tensor([[4.0, 9 / 4, 1.0]]) * 12 / 29)
+
 
 def naive_weights(teacher_entropy, student_entropy, mask, alpha, beta):
     """The formula, token by token, in Python floats."""
@@ -85,14 +106,8 @@ def naive_weights(teacher_entropy, student_entropy, mask, alpha, beta):
     return weights
 
 
-def test_weights_of_a_worked_example():
-    """H_T = 0, 1, 2 gives c = 1, 1/2, 0; H_S = 2, 1, 0 gives u = 1, 1/2, 0; (1+c)(1+u) = 4, 9/4, 1; mean 29/12."""
-    weights = f.token_weights(torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2.0, 1.0, 0.0]]), torch.ones(1, 3))
-    torch.testing.assert_close(weights, torch.tensor([[48.0, 27.0, 12.0]]) / 29)
-
-
 @pytest.mark.parametrize("seed", range(12))
-def test_weights_agree_with_the_formula_and_average_to_one_in_each_trajectory(seed):
+def test_weights_average_to_one_in_each_trajectory(seed):
     mask, teacher, student, *_ = random_case(seed)
     alpha, beta = (float(x) for x in np.random.default_rng(seed).uniform(0, 3, 2))
     student.requires_grad_(True)
@@ -118,7 +133,7 @@ def test_weights_rise_with_teacher_confidence_and_student_confusion():
     assert (f.token_weights(entropy, entropy, mask, 0.0, 0.0) == 1).all()
 
 
-def test_weights_survive_what_lies_off_the_mask_and_entropies_of_zero():
+def test_weights_do_not_see_what_is_off_the_mask():
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
     junk = torch.tensor([[0.0, 0.0, math.nan], [math.nan, math.inf, 1.0]])
     assert f.token_weights(junk, junk, mask).tolist() == [[1, 1, 0], [0, 0, 0]]
@@ -126,10 +141,19 @@ def test_weights_survive_what_lies_off_the_mask_and_entropies_of_zero():
         f.token_weights(junk, junk, mask, scope="token")
 
 
-# --- Loss -----------------------------------------------------------------------------------------------------
+def test_the_loss_of_two_tokens_worked_by_hand():
+    old, teacher = torch.tensor([[-2.0, -1.0]]), torch.tensor([[-1.0, -3.0]])  # A = 1, -2: praised, blamed
+    weights, mask = torch.tensor([[1.5, 0.5]]), torch.ones(1, 2)  # w A = 3/2, -1
+    loss = lambda new: f.policy_loss(new, old, teacher, weights, mask, 2).item()
+    assert loss(old) == pytest.approx(-(1.5 - 1) / 2)  # r = 1: minus the weighted mean advantage
+    doubled = old + math.log(2)  # r = 2: the praised token is clipped at 1.2, the blamed one is not
+    assert loss(doubled) == pytest.approx(-(1.2 * 1.5 - 2 * 1) / 2)
+    halved = old - math.log(2)  # r = 1/2: now the blamed one is clipped, at 0.8
+    assert loss(halved) == pytest.approx(-(0.5 * 1.5 - 0.8 * 1) / 2)
+
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_loss_agrees_with_the_clipped_objective_token_by_token(seed):
+def test_the_loss_is_the_clipped_objective_token_by_token(seed):
     mask, weights, noise, old, teacher = random_case(seed)
     new = (old + 0.6 * (noise - 0.5)).requires_grad_(True)
     loss, expected = f.policy_loss(new, old, teacher, weights, mask, 17, clip_ratio=0.2), 0.0
@@ -155,7 +179,7 @@ def test_infinities_off_the_mask_leave_loss_and_gradient_finite():
     assert loss.item() == 1 and new.grad.tolist() == [[1, 0, 0]]
 
 
-def test_the_expected_gradient_is_that_of_the_reverse_kl():
+def test_the_expected_gradient_of_the_loss_is_that_of_the_reverse_kl():
     """All responses of two tokens from a vocabulary of four, each weighed by its probability."""
     torch.manual_seed(0)
     V = 4
@@ -174,17 +198,15 @@ def test_the_expected_gradient_is_that_of_the_reverse_kl():
     assert estimate.item() == pytest.approx(exact.item())  # and the loss is the estimate of the divergence itself
 
 
-def test_losses_of_micro_batches_add_up_to_that_of_the_step():
+def test_the_losses_of_micro_batches_add_up():
     mask, weights, _, old, teacher = random_case(3)
     whole = f.policy_loss(old, old, teacher, weights, mask, mask.sum())
     parts = sum(f.policy_loss(old[r], old[r], teacher[r], weights[r], mask[r], mask.sum()) for r in ([0, 1, 2], [3], [4]))
     torch.testing.assert_close(whole, parts)
 
 
-# --- Log-probs and entropy in chunks --------------------------------------------------------------------------
-
 @pytest.mark.parametrize("chunk,temperature", [(1, 1.0), (3, 0.7), (128, 1.9)])
-def test_chunked_log_probs_and_entropy_agree_with_whole_float64_logits(chunk, temperature):
+def test_log_probs_and_entropy_in_chunks_are_those_of_whole_logits(chunk, temperature):
     torch.manual_seed(0)
     hidden, weight = torch.randn(7, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
     targets, upstream = torch.randint(0, 11, (7,)), torch.randn(7, dtype=torch.float64)
@@ -203,6 +225,19 @@ def test_chunked_log_probs_and_entropy_agree_with_whole_float64_logits(chunk, te
     torch.testing.assert_close(single.double(), log_probs, rtol=1e-5, atol=1e-5)
     half, _ = f.token_log_probs_and_entropy(hidden.bfloat16(), weight.bfloat16(), targets, temperature, chunk)
     assert half.dtype == torch.float32
+
+
+def test_in_bf16_only_the_products_are_rounded():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets, grads = torch.randint(0, 50, (9,)), []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            log_probs, entropy = f.token_log_probs_and_entropy(hidden, weight, targets, 0.8, 4)
+        assert log_probs.dtype == entropy.dtype == torch.float32  # a softmax in bf16 would be off by per cents
+        grads.append(torch.autograd.grad(log_probs.sum(), (hidden, weight)))
+    for exact, rounded in zip(*grads):
+        assert rounded.dtype == torch.float32 and 0 < (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
@@ -226,8 +261,6 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_whole():
     assert largest.elements <= max(chunk * V, V * D) < N * V
 
 
-# --- Sampling and the response mask ---------------------------------------------------------------------------
-
 def test_sampling_follows_the_softmax():
     torch.manual_seed(0)
     logits, n = torch.randn(1, 12) * 2, 20000
@@ -239,7 +272,7 @@ def test_sampling_follows_the_softmax():
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 31.3  # chi-squared, 11 degrees of freedom, 99.9 %
 
 
-def test_sampling_at_the_ends_of_the_unit_interval_yields_tokens_of_positive_probability():
+def test_sampling_at_the_ends_of_the_unit_interval_gives_tokens_that_exist():
     logits = torch.full((3, 151936), -20.0)
     logits[:, 0] = logits[:, -1] = -math.inf
     uniforms = torch.tensor([0.0, 1 - 2 ** -53, 0.5], dtype=torch.float64)
@@ -249,7 +282,7 @@ def test_sampling_at_the_ends_of_the_unit_interval_yields_tokens_of_positive_pro
     assert f.sample_tokens(torch.tensor([[0.0, 50.0, -math.inf]]), uniforms[1:2])[0].item() == 1
 
 
-def test_uniforms_are_scaled_by_the_end_of_the_sum():
+def test_sampling_scales_uniforms_by_the_end_of_the_sum():
     logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0))
     cdf = logits.softmax(1).cumsum(1, dtype=torch.float64)[0]
     assert cdf[-1] != 1  # float32 probabilities
@@ -258,14 +291,7 @@ def test_uniforms_are_scaled_by_the_end_of_the_sum():
     assert torch.equal(tokens, torch.searchsorted(cdf / cdf[-1], uniforms, right=True))
 
 
-def test_the_response_mask_ends_with_the_first_eos_whatever_the_padding():
-    eos, pad, other = 2, 2, 3  # pad == eos, and a second EOS id
-    tokens = torch.tensor([[5, 5, eos, pad, pad], [5, other, 5, eos, pad], [5, 5, 5, 5, 5], [eos, eos, 5, 5, 5]])
-    assert f.response_mask(tokens, {eos, other}).sum(1).tolist() == [3, 2, 5, 1]
-    assert f.response_mask(tokens, set()).all()
-
-
-# --- A random pair as checkpoint folders ----------------------------------------------------------------------
+# --- A random pair as checkpoint folders --------------------------------------------------------------------
 
 def save_model(folder, seed, hidden=32, **config):
     torch.manual_seed(seed)
@@ -347,7 +373,7 @@ def gradient(run, rollouts):
     return grads, metrics
 
 
-# --- Rollout and score ----------------------------------------------------------------------------------------
+# --- Policies -----------------------------------------------------------------------------------------------
 
 def test_a_hostile_generation_config_does_not_change_what_is_sampled(pair, tmp_path):
     shutil.copytree(pair / "student", tmp_path / "hostile")
@@ -388,14 +414,26 @@ def test_finished_rows_leave_the_batch(pair, tmp_path, monkeypatch):
     assert sum(rows) <= int((lengths + 1).sum()) < 12 * int(lengths.max())
 
 
-def test_the_end_of_turn_of_the_chat_template_ends_a_response(pair):
-    run_model, tokenizer = Qwen3ForCausalLM.from_pretrained(pair / "student"), f.tiny_tokenizer()
-    config = f.Config()
-    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
-    assert f.end_ids(run_model, tokenizer, config, 16) == {13, 14}
-    config.chat_template = "none"
-    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
+# --- One step -----------------------------------------------------------------------------------------------
+
+def test_uniforms_are_a_function_of_their_row_alone():
+    table = f.uniforms(7, f.SAMPLE, 3, rows=range(6), width=4)  # seed 7, step 3
+    assert table.dtype == torch.float64 and table.shape == (6, 4) and len(table.unique()) == 24
+    assert torch.equal(f.uniforms(7, f.SAMPLE, 3, rows=[4, 1], width=4), table[[4, 1]])  # another rank, another batch
+    for other in ((8, f.SAMPLE, 3), (7, f.EVALUATE, 3), (7, f.SAMPLE, 4)):
+        assert not (f.uniforms(*other, rows=range(6), width=4) == table).any()
+    assert f.uniforms(7, f.SAMPLE, 3, rows=[], width=4).shape == (0, 4)
+
+
+def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=16, rollouts_per_prompt=2)
+    met = []
+    for run.step in range(10):  # 10 steps of 8 prompts: two epochs of 40
+        prompts = f.step_prompts(run)
+        assert all(prompts[i] is prompts[i + 1] for i in range(0, 16, 2))
+        met += [id(p) for p in prompts[::2]]
+    everyone = {id(p) for p in run.prompts}
+    assert set(met[:40]) == set(met[40:]) == everyone and met[:40] != met[40:]
 
 
 def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
@@ -412,7 +450,40 @@ def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
         torch.testing.assert_close(rollouts.teacher_log_probs[i][rollouts.mask[i]], expected, rtol=1e-4, atol=1e-4)
 
 
-# --- One step -------------------------------------------------------------------------------------------------
+def test_the_controls_keep_the_rate_the_mean_and_the_multiset_of_weights(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12)
+    rollouts = scored_step(run)
+    by_likelihood = rollouts.keep
+    run.config.filter_by = "random"
+    random = f.choose_trajectories(run.config, rollouts, 0)
+    assert random.sum() == by_likelihood.sum()
+    assert any(not torch.equal(f.choose_trajectories(run.config, rollouts, s), by_likelihood) for s in range(3))
+    mask, rows = rollouts.mask, list(range(12))
+    soft = f.token_weights(rollouts.teacher_entropy, rollouts.teacher_entropy, mask, 1.0, 0.0)
+    chosen = {}
+    for kind in ("soft", "hard", "shuffled"):
+        run.config.token_weights = kind
+        chosen[kind] = f.choose_tokens(run.config, soft, mask, rows, 0)
+        torch.testing.assert_close(chosen[kind].sum(1), mask.sum(1).float())
+        assert (chosen[kind][~mask] == 0).all()
+    assert torch.equal(chosen["shuffled"].sort(1).values, soft.sort(1).values)
+    assert not torch.equal(chosen["shuffled"], soft)
+    for i in rows:
+        hard, n = chosen["hard"][i, :mask[i].sum()], int(mask[i].sum())
+        assert (hard > 0).sum() == -(-n // 2) and soft[i, :n][hard > 0].min() >= soft[i, :n][hard == 0].max() if n > 1 else True
+
+
+def test_a_quantile_for_each_teacher_keeps_each_teachers_share(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl", batch_size=20, filter_percentile=50,
+                 teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
+    rollouts = scored_step(run)
+    mine = torch.tensor([p.teacher == "one" for p in rollouts.prompts])
+    rollouts.scores = torch.where(mine, rollouts.scores - 100, rollouts.scores)  # teacher one finds all of it unlikely
+    assert not f.choose_trajectories(run.config, rollouts, 0)[mine].any()
+    run.config.filter_scope = "teacher"
+    keep = f.choose_trajectories(run.config, rollouts, 0)
+    assert keep[mine].sum() == -(-int(mine.sum()) // 2) and keep[~mine].sum() == -(-int((~mine).sum()) // 2)
+
 
 def naive_step(run, rollouts, alpha=1.0, beta=1.0, percentile=20.0, seq_mean=False):
     """A whole step from the token ids in float64: full logits, loops, autograd; nothing of the file is used."""
@@ -439,7 +510,7 @@ def naive_step(run, rollouts, alpha=1.0, beta=1.0, percentile=20.0, seq_mean=Fal
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=0.6, alpha=2.0, beta=0.3, filter_percentile=50.0),
                                       dict(loss_agg="seq-mean", filter_percentile=0.0)])
-def test_one_whole_step_agrees_with_a_naive_float64_reference(pair, tmp_path, settings):
+def test_a_whole_step_agrees_with_a_naive_float64_reference(pair, tmp_path, settings):
     run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9, **settings)
     rollouts = scored_step(run)
     grads, metrics = gradient(run, rollouts)
@@ -505,14 +576,6 @@ def test_dropped_trajectories_never_enter_the_students_forward(pair, tmp_path, m
     assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.mask[rollouts.keep].sum())
 
 
-def test_several_updates_clip_a_ratio_that_has_moved(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", batch_size=12, updates_per_rollout=3, lr=0.1)
-    metrics, rollouts = f.train_step(run)
-    assert metrics["clip_fraction"] > 0.1 and metrics["skipped_updates"] == 0
-    run = loaded(pair, tmp_path / "out2", batch_size=12, lr=0.1)
-    assert f.train_step(run)[0]["clip_fraction"] == 0
-
-
 def test_the_old_policy_is_this_very_pass_or_with_several_updates_the_sampler(pair, tmp_path, monkeypatch):
     seen, loss = [], f.policy_loss
     monkeypatch.setattr(f, "policy_loss", lambda *a: seen.append(a) or loss(*a))
@@ -527,6 +590,14 @@ def test_the_old_policy_is_this_very_pass_or_with_several_updates_the_sampler(pa
     assert not torch.allclose(seen[2][0], seen[2][1])  # the student has moved since it wrote
 
 
+def test_several_updates_clip_a_ratio_that_has_moved(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12, updates_per_rollout=3, lr=0.1)
+    metrics, rollouts = f.train_step(run)
+    assert metrics["clip_fraction"] > 0.1 and metrics["skipped_updates"] == 0
+    run = loaded(pair, tmp_path / "out2", batch_size=12, lr=0.1)
+    assert f.train_step(run)[0]["clip_fraction"] == 0
+
+
 def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
     grads = []
     for name, extra in (("a", {}), ("b", dict(gradient_checkpointing=True))):
@@ -538,41 +609,6 @@ def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
         grads.append(gradient(run, rollouts)[0])
         assert len(calls) == (2 if extra else 1)  # recomputed in backward
     assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-6) for name in grads[0])
-
-
-def test_the_controls_keep_the_rate_the_mean_and_the_multiset_of_weights(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", batch_size=12)
-    rollouts = scored_step(run)
-    by_likelihood = rollouts.keep
-    run.config.filter_by = "random"
-    random = f.choose_trajectories(run.config, rollouts, 0)
-    assert random.sum() == by_likelihood.sum()
-    assert any(not torch.equal(f.choose_trajectories(run.config, rollouts, s), by_likelihood) for s in range(3))
-    mask, rows = rollouts.mask, list(range(12))
-    soft = f.token_weights(rollouts.teacher_entropy, rollouts.teacher_entropy, mask, 1.0, 0.0)
-    chosen = {}
-    for kind in ("soft", "hard", "shuffled"):
-        run.config.token_weights = kind
-        chosen[kind] = f.choose_tokens(run.config, soft, mask, rows, 0)
-        torch.testing.assert_close(chosen[kind].sum(1), mask.sum(1).float())
-        assert (chosen[kind][~mask] == 0).all()
-    assert torch.equal(chosen["shuffled"].sort(1).values, soft.sort(1).values)
-    assert not torch.equal(chosen["shuffled"], soft)
-    for i in rows:
-        hard, n = chosen["hard"][i, :mask[i].sum()], int(mask[i].sum())
-        assert (hard > 0).sum() == -(-n // 2) and soft[i, :n][hard > 0].min() >= soft[i, :n][hard == 0].max() if n > 1 else True
-
-
-def test_a_quantile_for_each_teacher_keeps_each_teachers_share(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl", batch_size=20, filter_percentile=50,
-                 teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
-    rollouts = scored_step(run)
-    mine = torch.tensor([p.teacher == "one" for p in rollouts.prompts])
-    rollouts.scores = torch.where(mine, rollouts.scores - 100, rollouts.scores)  # teacher one finds all of it unlikely
-    assert not f.choose_trajectories(run.config, rollouts, 0)[mine].any()
-    run.config.filter_scope = "teacher"
-    keep = f.choose_trajectories(run.config, rollouts, 0)
-    assert keep[mine].sum() == -(-int(mine.sum()) // 2) and keep[~mine].sum() == -(-int((~mine).sum()) // 2)
 
 
 def test_a_nan_rollout_is_dropped_and_a_nan_gradient_changes_nothing(pair, tmp_path):
@@ -597,17 +633,48 @@ def test_a_nan_rollout_is_dropped_and_a_nan_gradient_changes_nothing(pair, tmp_p
     assert all(torch.equal(before[name], value) for name, value in run.student.state_dict().items())
 
 
-# --- Evaluation -----------------------------------------------------------------------------------------------
+# --- The run ------------------------------------------------------------------------------------------------
+
+def test_steps_0_evaluates_and_writes_nothing(pair, tmp_path, capsys):
+    f.main(flags(pair, tmp_path / "out", steps=0, eval_prompts=pair / "prompts.jsonl"))
+    assert "step 0: evaluation" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_saved(pair, tmp_path, capsys, monkeypatch):
+    calls = []
+    loss = f.policy_loss
+    monkeypatch.setattr(f, "policy_loss", lambda *a: calls.append(1) or loss(*a) * (math.nan if len(calls) > 1 else 1))
+    with pytest.raises(SystemExit) as stop:
+        f.main(flags(pair, tmp_path / "out", steps=9))
+    assert stop.value.code == 2 and "three steps in a row" in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in weights_of(tmp_path / "out").values())
+    assert [row["skipped_updates"] for row in log_of(tmp_path / "out")] == [0, 1, 1, 1]
+
+
+def test_a_run_stopped_in_its_last_evaluation_makes_up_for_it(pair, tmp_path, monkeypatch):
+    argv = flags(pair, tmp_path / "out", eval_prompts=pair / "prompts.jsonl", eval_samples=8)
+    rollout = f.rollout
+    monkeypatch.setattr(f, "rollout", lambda run, *a: (f.STOP.set() if run.step == 3 else None) or rollout(run, *a))
+    with pytest.raises(SystemExit):
+        f.main(argv)
+    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 1, 2, 3]
+    monkeypatch.undo()
+    f.main(argv + ["--resume"])
+    assert "eval/reverse_kl" in log_of(tmp_path / "out")[-1] and log_of(tmp_path / "out")[-1]["step"] == 3
+
+
+# --- Metrics and evaluation ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("response,answer,correct", [
     ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}", True), ("\\boxed{3} or \\boxed{4}", "3", False),
     ("The answer is $1,234.", "1234", True), ("12 apples, then 7", "12", False), ("blue", "blue", True),
-    ("01358", "01358", True), ("\\boxed{", "3", False), ("", "3", False), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
-def test_exact_match(response, answer, correct):
+    ("01358", "01358", True), ("\\boxed{1,2}", "12", False), ("it is 1/2", "2", False), ("it is 1/2", "1/2", True),
+    ("\\boxed{1,234,567}", "1234567", True), ("\\boxed{", "3", False), ("", "3", False), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
+def test_an_answer_is_the_last_box_or_the_last_number_or_the_whole_response(response, answer, correct):
     assert f.is_correct(response, answer) is correct
 
 
-def test_metrics_of_a_worked_example(pair, tmp_path):
+def test_metrics_of_three_rollouts_worked_by_hand(pair, tmp_path):
     run = loaded(pair, tmp_path / "out")
     prompts = [f.Prompt([1], "12", "teacher", ""), f.Prompt([1], "3", "teacher", ""), f.Prompt([1], None, "teacher", "")]
     tokens = torch.tensor([[1, 2, 14], [4, 5, 14], [6, 6, 6]])
@@ -628,7 +695,18 @@ def test_metrics_of_a_worked_example(pair, tmp_path):
     assert math.isnan(figures["reverse_kl_dropped"]) is False and "exact_match_dropped" not in figures
 
 
-# --- Settings -------------------------------------------------------------------------------------------------
+def test_flops_are_those_that_torch_counts(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out")
+    run.student.model.set_attn_implementation("eager")  # torch does not count the attention of its own kernels on a CPU
+    ids, response = torch.ones(1, 40, dtype=torch.long), torch.arange(40)[None] >= 15
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run.student(ids, response)
+    ours = f.forward_flops(run.student, torch.tensor([40.0]), torch.tensor([25]))
+    causal_half = 2 * 2 * 32 * 40 ** 2  # 2 layers, 2 heads of 16: torch counts both halves of the attention
+    assert ours + causal_half == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+# --- Settings -----------------------------------------------------------------------------------------------
 
 def test_the_command_line_wins_over_json_and_json_over_defaults(tmp_path):
     path = tmp_path / "c.json"
@@ -653,7 +731,13 @@ def test_help_shows_every_flag_with_its_default(capsys):
     assert "to be kept, in % [20.0]" in text
 
 
-# --- Prompts --------------------------------------------------------------------------------------------------
+def test_what_is_printed_cannot_move_the_cursor(pair, tmp_path, capsys):
+    assert f.visible("a\x1b[2Jb\r\n\u202e") == "a\\x1b[2Jb\\r\n\\u202e"
+    f.say("x\x1b[31m")
+    assert "\x1b" not in capsys.readouterr().out
+
+
+# --- Prompts and models -------------------------------------------------------------------------------------
 
 def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
     tokenizer, config = f.tiny_tokenizer(), f.Config(max_prompt_tokens=20)
@@ -673,18 +757,42 @@ def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
     assert f.tokenize("1", tokenizer, config) == [1]
 
 
-def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", batch_size=16, rollouts_per_prompt=2)
-    met = []
-    for run.step in range(10):  # 10 steps of 8 prompts: two epochs of 40
-        prompts = f.step_prompts(run)
-        assert all(prompts[i] is prompts[i + 1] for i in range(0, 16, 2))
-        met += [id(p) for p in prompts[::2]]
-    everyone = {id(p) for p in run.prompts}
-    assert set(met[:40]) == set(met[40:]) == everyone and met[:40] != met[40:]
+def test_the_end_of_turn_of_the_chat_template_ends_a_response(pair):
+    run_model, tokenizer = Qwen3ForCausalLM.from_pretrained(pair / "student"), f.tiny_tokenizer()
+    config = f.Config()
+    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    assert f.end_ids(run_model, tokenizer, config, 16) == {13, 14}
+    config.chat_template = "none"
+    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
 
 
-# --- Bad input: one line, status 2, no traceback --------------------------------------------------------------
+def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
+    shutil.copytree(pair / "teacher", tmp_path / "t")
+    for name in ("config.json", "generation_config.json"):
+        path = tmp_path / "t" / name
+        path.write_text(path.read_text().replace('"eos_token_id": 14', '"eos_token_id": 3'))
+    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
+    loaded(pair, tmp_path / "out", teacher=tmp_path / "t")
+    out = capsys.readouterr().out
+    assert "warning  end of sequence" in out and "warning  teacher teacher has another chat template" in out
+
+
+def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch, capsys):
+    forward = Qwen3ForCausalLM.forward
+
+    def capped(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = 2 * (out.logits / 2).tanh()
+        return out
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
+    with pytest.raises(SystemExit):
+        f.main(flags(pair, tmp_path / "out"))
+    assert "caps its logits" in capsys.readouterr().err
+
+
+# --- Bad input: one line, status 2, no traceback ------------------------------------------------------------
 
 def bad_inputs(pair, root):
     """(name, argv, what the line must contain), at least sixty."""
@@ -753,13 +861,15 @@ def bad_inputs(pair, root):
         ("indivisible batch", run(batch_size=6, rollouts_per_prompt=4), "multiple"),
         ("resume without folder", ["--resume"], "--output-dir"),
         ("resume nothing", run(resume=True), "no complete checkpoint"),
+        ("tiny and models of one's own", ["--config", os.path.join(HERE, "tiny_config.json"), *run()], "brings its own"),
+        ("tiny and prompts of one's own", ["--eval-prompts", pair / "prompts.jsonl"], "go together"), ("config help", config('{"help": true}'), "help"),
         ("compare without held-out prompts", run(compare=True), "--eval-prompts"), ("no such arm", run(compare=True, arms="OPD,magic"), "FiRe-OPD"), ("no such regime", ["--regime", "lunar"], "foreign"),
         ("config missing", run(config=root / "nowhere.json"), "nowhere.json"), ("config is a folder", run(config=root), "config"),
         ("config not JSON", config("{steps: 3}"), "JSON"), ("config a list", config("[1]"), "object"),
         ("config empty", config(""), "JSON"), ("config binary", config(b"\xff\xfe\x00"), "config"),
         ("config unknown key", config('{"btach_size": 3}'), "--batch-size"), ("config wrong type", config('{"steps": "3x"}'), "steps"),
         ("config bool for int", config('{"steps": true}'), "steps"), ("config NaN", config('{"alpha": NaN}'), "alpha"),
-        ("config null", config('{"eval_prompts": null}'), "None"), ("config list value", config('{"alpha": [1]}'), "alpha"),
+        ("config null", config('{"output_dir": null}'), "output_dir cannot be None"), ("config list value", config('{"alpha": [1]}'), "alpha"),
         ("config bad tiny", ["--config", config('{"tiny": {"regimes": 3}}')[1]], "tiny"),
         ("prompts missing", run(prompts=root / "none.jsonl"), "none.jsonl"), ("prompts a folder", run(prompts=root), "prompts" if False else str(root)),
         ("prompts empty", prompts(""), "0 prompts"), ("prompts blank", prompts("\n \n"), "0 prompts"),
@@ -830,74 +940,7 @@ def test_a_hub_name_without_network_gives_one_line(pair, tmp_path, capsys):
     assert error.count("\n") == 1 and "student fire-opd/does-not-exist" in error and "no such folder" in error
 
 
-def test_what_is_printed_cannot_move_the_cursor(pair, tmp_path, capsys):
-    assert f.visible("a\x1b[2Jb\r\n\u202e") == "a\\x1b[2Jb\\r\n\\u202e"
-    f.say("x\x1b[31m")
-    assert "\x1b" not in capsys.readouterr().out
-
-
-def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch, capsys):
-    forward = Qwen3ForCausalLM.forward
-
-    def capped(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        out.logits = 2 * (out.logits / 2).tanh()
-        return out
-
-    monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
-    with pytest.raises(SystemExit):
-        f.main(flags(pair, tmp_path / "out"))
-    assert "caps its logits" in capsys.readouterr().err
-
-
-def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
-    shutil.copytree(pair / "teacher", tmp_path / "t")
-    for name in ("config.json", "generation_config.json"):
-        path = tmp_path / "t" / name
-        path.write_text(path.read_text().replace('"eos_token_id": 14', '"eos_token_id": 3'))
-    (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
-    loaded(pair, tmp_path / "out", teacher=tmp_path / "t")
-    out = capsys.readouterr().out
-    assert "warning  end of sequence" in out and "warning  teacher teacher has another chat template" in out
-
-
-# --- Whole runs -----------------------------------------------------------------------------------------------
-
-def test_the_tiny_pair_learns_what_its_teacher_knows_and_keeps_what_it_does_not(tmp_path, capsys):
-    """A shortened version of the README's first command: 5 digits, a smaller teacher."""
-    config = json.load(open(os.path.join(HERE, "tiny_config.json")))
-    config["tiny"] |= dict(digits=5, teacher=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4), teacher_loss=0.03)
-    (tmp_path / "c.json").write_text(json.dumps(config))
-    finals = {}
-    for arm, extra in (("fire", []), ("opd", ["--filter-percentile", "0", "--alpha", "0", "--beta", "0"])):
-        out = tmp_path / arm
-        if arm == "opd":
-            shutil.copytree(tmp_path / "fire" / "tiny", out / "tiny")
-        f.main(["--config", str(tmp_path / "c.json"), "--output-dir", str(out), "--device", "cpu", *extra])
-        finals[arm] = log_of(out)
-    first, fire, opd = finals["fire"][0], finals["fire"][-1], finals["opd"][-1]
-    assert fire["eval/reverse_kl/+"] < 0.8 * first["eval/reverse_kl/+"]
-    assert fire["eval/exact_match/+"] > first["eval/exact_match/+"] + 0.05
-    assert fire["eval/exact_match/,"] > 0.6 and opd["eval/exact_match/,"] < fire["eval/exact_match/,"] - 0.3
-    printed = capsys.readouterr().out
-    assert "DROPPED" in printed and "before     after" in printed and "nan" not in printed
-
-
-def test_steps_0_evaluates_and_writes_nothing(pair, tmp_path, capsys):
-    f.main(flags(pair, tmp_path / "out", steps=0, eval_prompts=pair / "prompts.jsonl"))
-    assert "step 0: evaluation" in capsys.readouterr().out and not (tmp_path / "out").exists()
-
-
-def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_saved(pair, tmp_path, capsys, monkeypatch):
-    calls = []
-    loss = f.policy_loss
-    monkeypatch.setattr(f, "policy_loss", lambda *a: calls.append(1) or loss(*a) * (math.nan if len(calls) > 1 else 1))
-    with pytest.raises(SystemExit) as stop:
-        f.main(flags(pair, tmp_path / "out", steps=9))
-    assert stop.value.code == 2 and "three steps in a row" in capsys.readouterr().err
-    assert all(value.isfinite().all() for value in weights_of(tmp_path / "out").values())
-    assert [row["skipped_updates"] for row in log_of(tmp_path / "out")] == [0, 1, 1, 1]
-
+# --- Checkpoints --------------------------------------------------------------------------------------------
 
 def test_the_saved_student_loads_and_generates(pair, tmp_path):
     from transformers import pipeline
@@ -940,6 +983,15 @@ def test_a_run_stopped_before_its_first_update_resumes_to_the_same_bits(pair, tm
     f.main(flags(pair, tmp_path / "cut", resume=True))
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
+
+
+def test_a_run_stopped_in_its_warm_up_leaves_nothing_half_made(tmp_path, monkeypatch):
+    rows = f.tiny_rows
+    monkeypatch.setattr(f, "tiny_rows", lambda *a: f.STOP.set() or rows(*a))
+    with pytest.raises(SystemExit) as stop:
+        f.main(["--output-dir", str(tmp_path / "out")])
+    assert stop.value.code == 130 and not f.checkpoints(tmp_path / "out")
+    assert [name.endswith(".partial") for name in os.listdir(tmp_path / "out")] == [True]
 
 
 def test_resume_refuses_other_prompts_and_a_broken_checkpoint(pair, tmp_path, capsys):
@@ -1033,10 +1085,13 @@ def test_signals_and_kills_lose_nothing(pair, tmp_path):
     same_metrics(log_of(tmp_path / "whole"), log_of(tmp_path / "cut"), rel=0, abs=0)
 
 
+# --- Ranks --------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("ranks,settings", [
     (2, dict(batch_size=12, max_new_tokens=12)),
     (3, dict(batch_size=6, filter_percentile=90)),  # one trajectory kept: two ranks have nothing to train on
-    (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40))])
+    (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40, max_new_tokens=80,
+             rollout_batch_size=4))])  # responses longer than a segment, and 2 against 1 batches in the evaluation
 def test_any_number_of_ranks_is_the_same_run(pair, tmp_path, ranks, settings):
     settings |= dict(teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"], prompts=pair / "routed.jsonl",
                      eval_prompts=pair / "routed.jsonl", eval_samples=9, steps=3, save_every=2)
@@ -1075,24 +1130,12 @@ def test_an_error_on_any_rank_ends_all_of_them(pair, tmp_path):
     assert error.count("error: batch_size") == 1 and time.time() - started < 60
 
 
-# --- The comparison -------------------------------------------------------------------------------------------
-
-def test_a_run_stopped_in_its_last_evaluation_makes_up_for_it(pair, tmp_path, monkeypatch):
-    argv = flags(pair, tmp_path / "out", eval_prompts=pair / "prompts.jsonl", eval_samples=8)
-    rollout = f.rollout
-    monkeypatch.setattr(f, "rollout", lambda run, *a: (f.STOP.set() if run.step == 3 else None) or rollout(run, *a))
-    with pytest.raises(SystemExit):
-        f.main(argv)
-    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 1, 2, 3]
-    monkeypatch.undo()
-    f.main(argv + ["--resume"])
-    assert "eval/reverse_kl" in log_of(tmp_path / "out")[-1] and log_of(tmp_path / "out")[-1]["step"] == 3
-
+# --- The comparison -----------------------------------------------------------------------------------------
 
 def test_the_interval_is_students():
     centre, deviation, half = f.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (centre, deviation) == (3, pytest.approx(math.sqrt(2.5))) and half == pytest.approx(1.963, abs=1e-3)
-    assert math.isnan(f.interval([1.0])[2])
+    assert math.isnan(f.interval([1.0])[2]) and math.isnan(f.interval([1.0, math.nan])[1])
 
 
 def test_a_miniature_comparison_of_all_arms(pair, tmp_path, capsys):
@@ -1107,29 +1150,77 @@ def test_a_miniature_comparison_of_all_arms(pair, tmp_path, capsys):
     capsys.readouterr()
     f.main(argv)  # an interrupted comparison trains what is missing, nothing else
     out = capsys.readouterr().out
-    assert out.count("=== seed") == 1 and "=== seed 1, FiRe-OPD" in out
+    assert out.count("step 2/2") == 1 and out.index("=== seed 1, FiRe-OPD") < out.index("step 2/2") < out.index("=== seed 1, hard")
     assert (tmp_path / "out" / "comparison.md").read_text() == table
     with pytest.raises(SystemExit):  # and never mixes runs of other settings
         f.main(argv + ["--lr", "0.5"])
     assert "lr was 0.01, is 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # nor of other lengths
+        f.main(argv + ["--steps", "1"])
+    assert "a run of more steps" in capsys.readouterr().err
 
 
-# --- The README -----------------------------------------------------------------------------------------------
+def test_arms_differ_in_nothing_but_their_settings(pair, tmp_path):
+    argv = flags(pair, tmp_path / "out", steps=1, eval_prompts=pair / "prompts.jsonl", eval_samples=8, seeds=1, token_weights="hard",
+                 filter_by="random", arms="OPD,FiRe-OPD,OPD")  # an arm named twice is trained and counted once
+    f.main(argv + ["--compare"])
+    seed = tmp_path / "out" / "seed-0"
+    settings = [json.load(open(seed / arm / "config.json")) for arm in ("OPD", "FiRe-OPD")]
+    assert all(one["token_weights"] == "soft" and one["filter_by"] == "likelihood" for one in settings)
+    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"output_dir", *f.ARMS["OPD"]}
+    assert (tmp_path / "out" / "comparison.md").read_text().count("| OPD |") == 1
 
-def test_the_readme_names_what_exists():
-    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    table = re.findall(r"^\|[^|\n]*\|[^|\n]*\|\s*`(\w+(?:\.\w+)?)`\s*\|$", text, re.M)
-    assert len(table) >= 5
-    for name in table:
-        assert eval(f"f.{name}"), name
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - {"nproc-per-node", "nnodes", "node-rank", "rdzv-backend",
-                                                                         "rdzv-endpoint", "max-restarts", "help", "tasks", "model", "limit", "include-path"}:
-        assert flag.removeprefix("no-").replace("-", "_") in f.SETTINGS, flag
+
+# --- The README ---------------------------------------------------------------------------------------------
+
+def readme():
+    return open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
+
+
+def test_the_readmes_equations_and_flags_are_those_of_the_file():
+    text = readme()
+    equations = re.findall(r"^\|[^|\n]*\|[^\n]*\|\s*`(\w+)`\s*\|$", text.split("## The idea")[1].split("\n## ")[0], re.M)
+    assert len(equations) == 8 and all(callable(getattr(f, name)) for name in equations)
+    rows = {name: (default, meaning) for name, default, meaning in re.findall(r"^\| `--([\w-]+)` \| (.*?) \| (.*?) \|$", text, re.M)}
+    assert list(rows) == [f.flag(name)[2:] for name in f.SETTINGS if name != "tiny"]
+    for name, (default, meaning) in rows.items():
+        setting = f.SETTINGS[name.replace("-", "_")]
+        assert default == (f"`{setting.default}`" if setting.default or setting.type in (int, float) else ""), name
+        assert meaning.startswith(setting.metadata["text"]), name
+    others = {"nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "max-restarts", "tasks", "model"}  # of other programs
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - others:
+        assert flag.removeprefix("no-") in rows, flag
+
+
+def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
+    """Those under the comment <!-- runnable -->, one after the other, in an empty folder with the project's files.
+
+    They train the tiny pair of the default task: the claim that stands first in the README is checked here.
+    """
+    text = readme()
+    blocks = re.findall(r"<!-- runnable -->\n```bash\n(.*?)```", text, re.S)
+    assert len(blocks) >= 3
+    for name in ("fire_opd.py", "tiny_config.json"):
+        shutil.copy(os.path.join(HERE, name), tmp_path)
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    port = str(29100 + os.getpid() % 5000)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": port})
+    assert done.returncode == 0, done.stderr
+    assert "DROPPED" in done.stdout and "before     after" in done.stdout and "nan" not in done.stdout
+    first, fire, opd = (log_of(tmp_path / "runs" / run)[i] for run, i in (("tiny", 0), ("tiny", 51), ("opd", -1)))
+    assert first["step"] == 0 and fire["step"] == opd["step"] == 50
+    glossary = text.split("## Metrics")[1].split("\n## ")[0]
+    for row in log_of(tmp_path / "runs" / "tiny"):
+        for name in row.keys() - {"step"}:
+            assert f"`{re.sub('^eval/|_(kept|dropped)$|/[+,]$', '', name)}`" in glossary, name
+    assert fire["eval/reverse_kl/+"] < 0.8 * first["eval/reverse_kl/+"]  # it learns what its teacher knows
+    assert fire["eval/exact_match/+"] > first["eval/exact_match/+"] + 0.05
+    assert fire["eval/exact_match/,"] > 0.6 > 0.1 > opd["eval/exact_match/,"]  # and keeps what it does not, unlike OPD
 
 
 def test_the_exercises_of_the_readme_hold(monkeypatch):
-    text = open(os.path.join(HERE, "README.md"), encoding="utf-8").read()
-    blocks = re.findall(r"```python\n(import torch, fire_opd.*?)```", text, re.S)
+    blocks = re.findall(r"```python\n(import torch, fire_opd.*?)```", readme(), re.S)
     assert len(blocks) == 3
     for block in blocks:
         for name in ("token_weights", "trajectory_scores", "policy_loss"):
@@ -1137,6 +1228,8 @@ def test_the_exercises_of_the_readme_hold(monkeypatch):
         exec(block, {})
         monkeypatch.undo()
 
+
+# --- A GPU --------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_run_learns_in_bf16_as_on_the_cpu(pair, tmp_path):
