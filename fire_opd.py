@@ -144,7 +144,7 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with their gradient: the largest
     tensors of the run by far. Here only one chunk of tokens has logits at a time, and backward computes them
-    again. (torch.utils.checkpoint around each chunk would do the same in 12 lines, but its backward took twice
+    again. (torch.utils.checkpoint around each chunk would do the same in 12 lines; its backward took twice
     as long on a CPU, most of it for a gradient [V, D] from every chunk.)
     """
 
@@ -600,7 +600,7 @@ def train(config):
     except Stopped:
         saved = save_checkpoint(run) if config.steps else "nothing"
         say(f"\nstopped after step {run.step}, saved {saved}; go on with: "
-            f"python fire_opd.py --config {config.output_dir}/config.json --resume")
+            f"python {sys.argv[0]} --config {config.output_dir}/config.json --resume")
         raise
     if config.steps:
         summary(config, time.time() - started)
@@ -630,12 +630,13 @@ def stop_if_diverged(run, metrics):
 def summary(config, seconds):
     """Before and after, both read from the log, and the commands to type next."""
     (evaluations, steps), folder = read_log(config.output_dir), config.output_dir
-    say(f"\n{'':24}{'before':>10}{'after':>10}")
-    for rows in (evaluations, steps):
+    for rows, first, last in ((evaluations, "before", "after"), (steps, "first step", "last step")):
+        if rows:
+            say(f"\n{'':24}{first:>12}{last:>12}")
         for name in rows[0] if rows else ():
             if re.match("eval/(exact|reverse)|keep_ratio|reverse_kl(_kept)?$|response_length$", name):
-                say(f"{name:24}{rows[0][name]:10.3f}{rows[-1][name]:10.3f}")
-    newest, command = checkpoints(folder)[-1], f"python fire_opd.py --config {folder}/config.json"
+                say(f"{name:24}{rows[0][name]:12.3f}{rows[-1][name]:12.3f}")
+    newest, command = checkpoints(folder)[-1], f"python {sys.argv[0]} --config {folder}/config.json"
     say(f"\n{steps[-1]['step']} steps, {seconds:.0f} s; metrics in {folder}/metrics.jsonl, student in "
         f"{newest}. Next:\n"
         f"  evaluate  {command} --steps 0 --student {newest}\n"
@@ -741,7 +742,8 @@ def evaluate(run):
         for group in sorted(set(names) - {""}):
             groups[f"/{group}"] = torch.tensor([name == group for name in names])
         figures = measure(run, rollouts, groups)
-        say(f"step {run.step}: evaluation: " + ", ".join(f"{name} {x:.3f}" for name, x in figures.items()))
+        say(f"step {run.step}: evaluation: " + ", ".join(
+            f"{name} {x:.3f}" for name, x in figures.items() if re.match("reverse_kl|exact_match", name)))
         log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
         run.evaluated = run.step
 
@@ -754,12 +756,12 @@ def show(run, rollouts):
         text = f"    {visible(decode(rollouts.prompts[i].ids)[-80:], '')} -> "
         for t in range(min(int(rollouts.mask[i].sum()), 200)):
             token, w = visible(decode(rollouts.tokens[i, t]), ""), rollouts.weights[i, t].item()
-            if color:  # a grey background, the darker the heavier
-                text += f"\x1b[48;5;{255 - int(min(w, 2) * 6)};38;5;16m{token}\x1b[0m"
+            if color and rollouts.keep[i]:  # a grey background, the darker the heavier
+                text += f"\x1b[48;5;{255 - int(10 * min(max(w, 0.5), 2))};38;5;16m{token}\x1b[0m"
             else:
                 text += f"{token}({rollouts.teacher_log_probs[i, t]:.2f}, {w:.2f}) "
-        legend = "shaded by weight" if color else "token(log pi_T, weight)"
         verdict = "kept" if rollouts.keep[i] else "DROPPED"
+        legend = "shaded by weight" if color and rollouts.keep[i] else "token(log pi_T, weight)"
         say(f"{verdict} in step {run.step}, score {rollouts.scores[i]:.3f}, {legend}:")
         if rank() == 0:
             tqdm.write(text)
@@ -800,7 +802,7 @@ class Config:
     filter_scope: str = setting("step", "method", "of one quantile", choices=("step", "teacher"))
     alpha: float = setting(1.0, "method", "strength of teacher confidence in the weights", 0)
     beta: float = setting(1.0, "method", "strength of student confusion in the weights", 0)
-    token_weights: str = setting("soft", "method", "hard: all or nothing", choices=("soft", "hard", "shuffled"))
+    token_weights: str = setting("soft", "method", "others: see ARMS", choices=("soft", "hard", "shuffled"))
     loss_agg: str = setting("token-mean", "method", "of the loss", choices=("token-mean", "seq-mean"))
     clip_ratio: float = setting(0.2, "method", "eps of the clipped objective", 1e-6, 1)
     updates_per_rollout: int = setting(1, "method", "mini-batches a step, with one AdamW update each", 1)
@@ -944,7 +946,7 @@ def progress(total, label):
 
 def read_jsonl(path):
     """(where, object) of each line that is not blank; every fault names its line."""
-    with explain(path, "give a readable JSON Lines file"), open(path, "rb") as file:
+    with explain(path, "give a JSON Lines file; paths start at the current folder"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 with explain(f"{path} line {number}", "each line must be one JSON object in UTF-8"):
@@ -977,7 +979,7 @@ def parse_prompt(run, row, teachers):
             raise ValueError(f"{key!r} must be a string, got {str(row[key])[:60]!r}")
     teacher = row.get("teacher") or (teachers[0] if len(teachers) == 1 else None)
     if teacher not in teachers:
-        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}")
+        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: give --teacher NAME=PATH")
     ids = list(tokenize(content, run.tokenizer, run.config))
     if not ids:
         raise ValueError("the prompt has no tokens")
@@ -989,7 +991,7 @@ def load_prompts(run, path, teachers):
     """-> the prompts of a file, for these teachers; those longer than max_prompt_tokens are dropped."""
     prompts, longest = [], run.config.max_prompt_tokens
     for where, row in read_jsonl(path):
-        with explain(where, "mend or remove this line, or mend the chat template or the teachers' names"):
+        with explain(where, "mend or remove this line (or mend the chat template)"):
             prompts.append(parse_prompt(run, row, teachers))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if not kept:

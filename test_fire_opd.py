@@ -1207,7 +1207,7 @@ def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": port})
     assert done.returncode == 0, done.stderr
-    assert "DROPPED" in done.stdout and "before     after" in done.stdout and "nan" not in done.stdout
+    assert "DROPPED" in done.stdout and "before       after" in done.stdout and "nan" not in done.stdout
     first, fire, opd = (log_of(tmp_path / "runs" / run)[i] for run, i in (("tiny", 0), ("tiny", 51), ("opd", -1)))
     assert first["step"] == 0 and fire["step"] == opd["step"] == 50
     glossary = text.split("## Metrics")[1].split("\n## ")[0]
