@@ -873,7 +873,7 @@ def bad_inputs(pair, root):
         ("config bad tiny", ["--config", config('{"tiny": {"regimes": 3}}')[1]], "tiny"),
         ("prompts missing", run(prompts=root / "none.jsonl"), "none.jsonl"), ("prompts a folder", run(prompts=root), "prompts" if False else str(root)),
         ("prompts empty", prompts(""), "0 prompts"), ("prompts blank", prompts("\n \n"), "0 prompts"),
-        ("prompts binary", prompts(os.urandom(64) + b"\n"), "line 1"), ("prompts not JSON", prompts(good + "nope\n"), "line 2"),
+        ("prompts binary", prompts(b"\x89PNG\r\n\x1a\n" + bytes(range(256))), "line 1"), ("prompts not JSON", prompts(good + "nope\n"), "line 2"),
         ("prompts truncated", prompts(good + '{"prompt": "1'), "line 2"), ("prompts a list", prompts("[1]\n"), "line 1"),
         ("prompts a number", prompts(good * 2 + "3\n"), "line 3"), ("prompt missing", prompts('{"text": "1"}\n'), "line 1"),
         ("prompt empty", prompts('{"prompt": ""}\n'), "line 1"), ("prompt a number", prompts('{"prompt": 3}\n'), "line 1"),
