@@ -475,15 +475,17 @@ def choose_tokens(config, weights, mask, rows, step):
 def update(run, rollouts):
     """Steps 4 to 6, on the kept trajectories: the others never enter the student's forward. -> metrics.
 
-    They are dealt into mini-batches, one optimizer update each (one by default). Fills the tables of the
-    training pass.
+    They are dealt into mini-batches, one optimizer update each (one by default). The tables of the training
+    pass are filled on the way.
     """
-    parts, kept = run.config.updates_per_rollout, rollouts.keep.nonzero()[:, 0].tolist()
-    tables = rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights = [
-        torch.zeros(rollouts.mask.shape) for _ in range(3)]
+    kept = rollouts.keep.nonzero()[:, 0].tolist()
+    parts = min(run.config.updates_per_rollout, max(1, len(kept)))
+    tables = [torch.zeros(rollouts.mask.shape) for _ in range(3)]
+    rollouts.student_log_probs, rollouts.student_entropy, rollouts.weights = tables
     losses, norms, skipped = [], [], 0
-    for rows in [kept[part::parts] for part in range(parts)][:max(1, len(kept))]:
-        loss = backward(run, rollouts, rows)
+    for part in range(parts):
+        rows = kept[part::parts]
+        loss = accumulate_gradient(run, rollouts, rows)
         norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded student
         if rows and math.isfinite(norm) and math.isfinite(loss):
@@ -498,8 +500,8 @@ def update(run, rollouts):
     mean = lambda values: sum(values) / len(values) if values else math.nan
     return dict(loss=mean(losses), grad_norm=mean(norms), skipped_updates=skipped)
 
-def backward(run, rollouts, rows):
-    """Accumulate the gradient of these rows, in micro-batches that fit into memory. -> their loss.
+def accumulate_gradient(run, rollouts, rows):
+    """The gradient of these rows, in micro-batches that fit into memory. -> their loss.
 
     However they are cut, over micro-batches and ranks, the gradient is the same: what divides it is counted
     before the cut.

@@ -150,6 +150,9 @@ def test_the_loss_of_two_tokens_worked_by_hand():
     assert loss(doubled) == pytest.approx(-(1.2 * 1.5 - 2 * 1) / 2)
     halved = old - math.log(2)  # r = 1/2: now the blamed one is clipped, at 0.8
     assert loss(halved) == pytest.approx(-(0.5 * 1.5 - 0.8 * 1) / 2)
+    same = old.clone().requires_grad_(True)  # old is this very pass: its copy is detached, the gradient is - w A / 2
+    f.policy_loss(same, same, teacher, weights, mask, 2).backward()
+    assert same.grad.tolist() == [[-0.75, 0.5]]
 
 
 @pytest.mark.parametrize("seed", range(8))
