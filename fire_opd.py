@@ -240,21 +240,6 @@ def stop_if_told():
 
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
 
-class UniformSampler:
-    """A logits processor that leaves `generate` one choice: the draw from the row's own uniforms."""
-
-    def __init__(self, policy, uniforms, prompt_width):
-        self.policy, self.uniforms, self.prompt_width = policy, uniforms, prompt_width  # uniforms [b, T]
-        self.log_probs = torch.zeros_like(uniforms, dtype=torch.float32)  # [b, T], filled while sampling
-        self.rows = torch.arange(len(uniforms), device=uniforms.device)  # those still being written
-
-    def __call__(self, input_ids, logits):  # [n, L], [n, V] -> [n, V]
-        t = input_ids.shape[1] - self.prompt_width
-        known = logits[:, :self.policy.vocab_size]  # embeddings are padded: the rows beyond are no tokens
-        tokens, log_probs = sample_tokens(known, self.uniforms[self.rows, t], self.policy.temperature)
-        self.log_probs[self.rows, t] = log_probs.float()
-        return torch.zeros_like(logits).scatter_(1, tokens[:, None], 1)  # generate is greedy: it takes the 1
-
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature."""
 
@@ -290,31 +275,41 @@ class Policy(nn.Module):
         """One response to each prompt. prompts: b lists of ids, uniforms [b, T] -> tokens, log_probs [b, T].
 
         `generate` runs in segments; rows that have ended leave the batch and its cache between them: a batch
-        must not pay b times for its longest row. What follows a row's EOS means nothing.
+        must not pay b times for its longest row. What follows a row's EOS means nothing. The draws are ours:
+        a logits processor leaves the greedy `generate` one choice, that of the row's own uniforms.
         """
         assert uniforms.dtype == torch.float64  # rounded to less, one could be 1
         (b, length), width, device = uniforms.shape, max(map(len, prompts)), self.device
+        uniforms = uniforms.to(device)
         ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)  # [b, width]
         attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         tokens = torch.full((b, length), pad_id, device=device)
-        sampler = UniformSampler(self, uniforms.to(device), width)
+        log_probs = torch.zeros(b, length, device=device)
+        rows = torch.arange(b, device=device)  # those still being written
         cache = DynamicCache(config=self.model.config)
+
+        def draw(input_ids, logits):  # [n, L], [n, V] -> [n, V]
+            t = input_ids.shape[1] - width
+            known = logits[:, :self.vocab_size]  # embeddings are padded: the rows beyond are no tokens
+            drawn, log_pi = sample_tokens(known, uniforms[rows, t], self.temperature)
+            tokens[rows, t], log_probs[rows, t] = drawn, log_pi.float()
+            return torch.zeros_like(logits).scatter_(1, drawn[:, None], 1)
+
         with self.autocast():  # keeps the bf16 weights that it casts for all tokens of this call
             while len(ids) and (done := ids.shape[1] - width) < length:
                 if done and STOP.is_set():  # not at 0: the first forward of a sharded student is a collective
                     break
                 ids = self.model.generate(  # takes up where the cache ends
-                    ids, attention_mask=attention, past_key_values=cache, logits_processor=[sampler],
+                    ids, attention_mask=attention, past_key_values=cache, logits_processor=[draw],
                     max_new_tokens=min(self.SEGMENT, length - done),
                     synced_gpus=False)  # ranks write responses of different lengths: none waits for another
                 new = ids[:, width + done:]  # [n, <= SEGMENT]
-                tokens[sampler.rows, done:done + new.shape[1]] = new
                 unfinished = ~is_eos(new, eos_ids).any(1)  # [n]
                 attention = torch.cat([attention, torch.ones_like(new)], 1)[unfinished]
-                ids, sampler.rows = ids[unfinished], sampler.rows[unfinished]
+                ids, rows = ids[unfinished], rows[unfinished]
                 if not unfinished.all():
                     cache.batch_select_indices(unfinished.nonzero()[:, 0])
-        return tokens.cpu(), sampler.log_probs.cpu()
+        return tokens.cpu(), log_probs.cpu()
 
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
@@ -966,10 +961,8 @@ def tokenize(prompt, tokenizer, config):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set: its reply is not for us
         messages = messages[:-1]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
                                          enable_thinking=config.enable_thinking)
-    # The rendered text holds its special tokens already: adding more would double the BOS.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 def parse_prompt(run, row, teachers):
     """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
@@ -1083,8 +1076,7 @@ def end_ids(model, tokenizer, config, vocab_size):
 def load(config):
     """Check everything cheap, then load everything slow, and report it line by line. -> Run"""
     for path in filter(None, (config.prompts, config.eval_prompts)):
-        for _ in read_jsonl(path):  # a broken file should not cost a download
-            pass
+        list(read_jsonl(path))  # a broken file should not cost a download
     student = fetch(config.student, "student")
     teachers = {name: fetch(path, f"teacher {name}") for name, path in teacher_paths(config).items()}
     run = Run(config, tokenizer=load_tokenizer(student, config))
