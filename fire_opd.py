@@ -1247,7 +1247,7 @@ def newest_checkpoint(config, digest=None):
         raise UserError(f"--resume: other settings than those of {found[-1]}: {'; '.join(changed)}; only "
                         f"{', '.join(MAY_DIFFER)} may differ")
     if digest and digest != state["prompts"]:
-        raise UserError(f"--resume: {config.prompts} has other prompts than for {found[-1]}; restore it")
+        raise UserError(f"--resume: other prompts or held-out prompts than those of {found[-1]}; restore them")
     return found[-1], state
 
 def prompts_digest(run):

@@ -439,6 +439,15 @@ def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
     assert set(met[:40]) == set(met[40:]) == everyone and met[:40] != met[40:]
 
 
+def test_each_step_draws_anew(pair, tmp_path):
+    write_rows(tmp_path / "one.jsonl", [dict(prompt="12+=")])  # the same prompt in every step, the same student
+    run = loaded(pair, tmp_path / "out", prompts=tmp_path / "one.jsonl", lr=1e-12)
+    tokens = []
+    for run.step in range(2):
+        tokens.append(f.train_step(run)[1].tokens)
+    assert tokens[0].shape != tokens[1].shape or not torch.equal(*tokens)
+
+
 def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl",
                  teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
@@ -706,7 +715,8 @@ def test_flops_are_those_that_torch_counts(pair, tmp_path):
         run.student(ids, response)
     ours = f.forward_flops(run.student, torch.tensor([40.0]), torch.tensor([25]))
     causal_half = 2 * 2 * 32 * 40 ** 2  # 2 layers, 2 heads of 16: torch counts both halves of the attention
-    assert ours + causal_half == pytest.approx(counter.get_total_flops(), rel=0.03)
+    norms = sum(p.numel() for layer in run.student.layers() for p in layer.parameters() if p.dim() == 1)
+    assert ours + causal_half - 2 * norms * 40 == counter.get_total_flops()  # and we count norms as if they were matrices
 
 
 # --- Settings -----------------------------------------------------------------------------------------------
@@ -1016,6 +1026,16 @@ def test_resume_refuses_other_prompts_and_a_broken_checkpoint(pair, tmp_path, ca
         errors.append(capsys.readouterr().err)
         save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
     assert "before it" in errors[0] and "KeyError" in errors[1] and "other prompts" in errors[2]
+
+
+def test_resume_refuses_other_held_out_prompts(pair, tmp_path, capsys):
+    shutil.copy(pair / "prompts.jsonl", tmp_path / "e.jsonl")
+    argv = flags(pair, tmp_path / "out", eval_prompts=tmp_path / "e.jsonl", eval_samples=8)
+    f.main(argv)
+    write_rows(tmp_path / "e.jsonl", [dict(prompt="1+=")] * 8)
+    with pytest.raises(SystemExit):
+        f.main(argv + ["--resume"])
+    assert "other prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", [{"step": 99}, {"step": "2"}, {"prompts": None}, {"settings": {}}, {"settings": 3}])
