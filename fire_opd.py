@@ -6,14 +6,14 @@ teacher. FiRe-OPD adds two selections to this: it drops the trajectories that th
 One step, and where to read it (pi_S is the student, pi_T the teacher, H an entropy, y a rollout):
 
   1. rollout    y ~ pi_S(.|x), sampled from exactly softmax(logits / temperature)         rollout
-  2. score      log pi_T(y_t) and H_T,t, in chunks over the vocabulary                    score
+  2. score      log pi_T(y_t) and H_T,t, the logits in chunks of tokens                   score
   3. filter     s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the whole step   filter_trajectories
   4. reweight   w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S), mean 1    token_weights
   5. loss       the clipped policy gradient of w_t A_t, advantage A_t = log(pi_T / pi_S)  policy_loss
   6. update     one AdamW step from the kept tokens of all micro-batches and ranks        update
 
 `train_step` puts these together, `train` is the loop around it, and what follows `train` serves them. All
-settings are fields of `Config`, each a flag; `run.config.x` is --x.
+settings are fields of `Config`, most of them flags; `run.config.x` is --x.
 
     python fire_opd.py                                           # a tiny pair, no download, under a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                     # real models, one GPU
@@ -607,6 +607,7 @@ def due(run, every):
     return run.step in (0, run.config.steps) or every and run.step % every == 0
 
 def report(run, bar, metrics, rollouts):
+    """A line in the log, the bar or a line on the screen, and now and then some rollouts."""
     log(run, metrics)
     line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {response_length:.0f}, "
             "{tokens_per_second:.0f} tokens/s").format(**metrics)
@@ -1027,6 +1028,7 @@ def load_tokenizer(folder, config):
                                              trust_remote_code=config.trust_remote_code)
 
 def load_model(run, folder, dtype):
+    """A causal LM on the host, complete and wide and long enough for this run's prompts."""
     config = run.config
     with explain(f"model of {folder}", "give a complete safetensors checkpoint of a causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -1036,8 +1038,12 @@ def load_model(run, folder, dtype):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
         if (rows := len(model.get_output_embeddings().weight)) < run.vocab_size:
             raise ValueError(f"{rows} output rows for {run.vocab_size} tokens")
+        c = model.config.get_text_config()
+        for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            if getattr(c, name, None) not in (None, 1):
+                raise ValueError(f"its {name} is not supported: logits must be hidden @ W.T")
     longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    limit = getattr(c, "max_position_embeddings", None) or longest
     if longest > limit:
         raise UserError(f"model of {folder}: prompt and response may take {longest} tokens, its positions "
                         f"end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
@@ -1074,7 +1080,7 @@ def end_ids(model, tokenizer, config, vocab_size):
     return {i for i in ids if i < vocab_size}
 
 def load(config):
-    """Check everything cheap, then load everything slow, and report it line by line. -> Run"""
+    """Check files, then tokenizers and prompts, then load models, and report it line by line. -> Run"""
     for path in filter(None, (config.prompts, config.eval_prompts)):
         list(read_jsonl(path))  # a broken file should not cost a download
     student = fetch(config.student, "student")
@@ -1104,6 +1110,7 @@ def load(config):
     return run
 
 def load_student(run, folder):
+    """The student with what sampling and training need: end of sequence, ranks, optimizer."""
     config = run.config
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: float32 masters, bf16 only in autocast.
     model = load_model(run, folder, torch.float32)
@@ -1130,6 +1137,7 @@ def load_student(run, folder):
                                       weight_decay=config.weight_decay)
 
 def load_teacher(run, name, folder, tokenizer):
+    """A teacher, without gradients; tokenizer is its own, compared with the student's."""
     config = run.config
     for turn in range(world_size()):  # in turns: the host holds a large teacher once, not once a rank
         if turn == rank():
@@ -1247,7 +1255,7 @@ def newest_checkpoint(config, digest=None):
         raise UserError(f"--resume: other settings than those of {found[-1]}: {'; '.join(changed)}; only "
                         f"{', '.join(MAY_DIFFER)} may differ")
     if digest and digest != state["prompts"]:
-        raise UserError(f"--resume: other prompts or held-out prompts than those of {found[-1]}; restore them")
+        raise UserError(f"--resume: other (held-out) prompts than those of {found[-1]}; restore them")
     return found[-1], state
 
 def prompts_digest(run):
@@ -1266,9 +1274,9 @@ def complete_folder(folder):
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     yield temporary
-    for name in os.listdir(temporary):
-        to_disk(os.path.join(temporary, name))
-    to_disk(temporary)
+    for root, _, names in os.walk(temporary):
+        for path in [os.path.join(root, name) for name in names] + [root]:
+            to_disk(path)
     os.rename(temporary, folder)
     to_disk(os.path.dirname(folder))
 
