@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import fire_opd as f
@@ -269,9 +268,10 @@ def test_sampling_follows_the_softmax():
     torch.manual_seed(0)
     logits, n = torch.randn(1, 12) * 2, 20000
     uniforms = torch.from_numpy(np.random.default_rng(0).random(n))
-    tokens, log_probs = f.sample_tokens(logits.expand(n, -1), uniforms, temperature=0.8)
+    tokens, log_probs, entropy = f.sample_tokens(logits.expand(n, -1), uniforms, temperature=0.8)
     p = (logits[0] / 0.8).softmax(0)
     torch.testing.assert_close(log_probs, p[tokens].log())
+    torch.testing.assert_close(entropy[:1], -(p * p.log()).sum()[None])
     counts = torch.bincount(tokens, minlength=12)
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 31.3  # chi-squared, 11 degrees of freedom, 99.9 %
 
@@ -280,7 +280,7 @@ def test_sampling_at_the_ends_of_the_unit_interval_gives_tokens_that_exist():
     logits = torch.full((3, 151936), -20.0)
     logits[:, 0] = logits[:, -1] = -math.inf
     uniforms = torch.tensor([0.0, 1 - 2 ** -53, 0.5], dtype=torch.float64)
-    tokens, log_probs = f.sample_tokens(logits, uniforms)
+    tokens, log_probs, _ = f.sample_tokens(logits, uniforms)
     assert tokens[0] == 1 and tokens[1] == 151934 and log_probs.isfinite().all()
     assert f.sample_tokens(torch.full((1, 4), math.nan), uniforms[:1])[1].isnan()  # no crash: the loss will tell
     assert f.sample_tokens(torch.tensor([[0.0, 50.0, -math.inf]]), uniforms[1:2])[0].item() == 1
@@ -291,7 +291,7 @@ def test_sampling_scales_uniforms_by_the_end_of_the_sum():
     cdf = logits.softmax(1).cumsum(1, dtype=torch.float64)[0]
     assert cdf[-1] != 1  # float32 probabilities
     uniforms = (cdf + cdf / cdf[-1])[2000:4000] / 2  # each between an edge of the sum and that of the distribution
-    tokens, _ = f.sample_tokens(logits.expand(2000, -1), uniforms)
+    tokens, _, _ = f.sample_tokens(logits.expand(2000, -1), uniforms)
     assert torch.equal(tokens, torch.searchsorted(cdf / cdf[-1], uniforms, right=True))
 
 
@@ -329,7 +329,7 @@ def pair(tmp_path_factory):
 
 def flags(pair, out, **settings):
     defaults = dict(teacher=pair / "teacher", student=pair / "student", prompts=pair / "prompts.jsonl", output_dir=out,
-                    steps=3, batch_size=6, max_new_tokens=10, lr=1e-2, show=0, device="cpu")
+                    steps=3, batch_size=6, max_new_tokens=10, lr=1e-2)
     argv = []
     for name, value in (defaults | settings).items():
         name = "--" + name.replace("_", "-")
@@ -365,8 +365,20 @@ def weights_of(folder):
 def scored_step(run):
     rollouts = f.rollout(run, f.step_prompts(run), f.SAMPLE, run.step)
     f.score(run, rollouts)
-    rollouts.keep = f.choose_trajectories(run.config, rollouts, run.step)
+    select(run, rollouts)
     return rollouts
+
+
+def select(run, r):
+    """Filter and reweight, as train_step does."""
+    config = run.config
+    r.keep = f.filter_trajectories(r.scores, config.filter_percentile)
+    r.weights = f.token_weights(r.teacher_entropy, r.student_entropy, r.response & r.keep[:, None], config.alpha, config.beta)
+
+
+def responses_of(r):
+    """The response tokens of each row."""
+    return [ids[mask].tolist() for ids, mask in zip(r.ids, r.response)]
 
 
 def gradient(run, rollouts):
@@ -386,7 +398,7 @@ def test_a_hostile_generation_config_does_not_change_what_is_sampled(pair, tmp_p
     run = loaded(pair, tmp_path / "out", student=tmp_path / "hostile", temperature=1.3, max_new_tokens=1)
     ids, n = run.prompts[0].ids, 8000
     uniforms = torch.from_numpy(np.random.default_rng(1).random((n, 1)))
-    tokens, log_probs = run.student.sample([ids] * n, uniforms, run.eos_ids, run.pad_id)
+    tokens, log_probs, _ = run.student.sample([ids] * n, uniforms)
     p = (run.student.model(torch.tensor([ids])).logits[0, -1, :16].double() / 1.3).softmax(0).detach()
     counts = torch.bincount(tokens[:, 0], minlength=16)
     assert ((counts - n * p) ** 2 / (n * p)).sum() < 37.7  # chi-squared, 15 degrees of freedom, 99.9 %
@@ -399,14 +411,15 @@ def test_a_hostile_generation_config_does_not_change_what_is_sampled(pair, tmp_p
 def test_rollouts_depend_neither_on_segments_nor_on_batches_nor_on_padding(pair, tmp_path, monkeypatch):
     run = loaded(pair, tmp_path / "out", batch_size=12, max_new_tokens=20)
     whole = f.rollout(run, run.prompts[:12], f.SAMPLE, 0)
-    assert len(set(whole.mask.sum(1).tolist())) > 4  # long-tailed
+    assert len(set(whole.response.sum(1).tolist())) > 4  # long-tailed
     run.config.rollout_batch_size = 5
     monkeypatch.setattr(f.Policy, "SEGMENT", 3)
     parts = f.rollout(run, run.prompts[:12], f.SAMPLE, 0)
-    assert torch.equal(whole.mask, parts.mask) and torch.equal(whole.tokens[whole.mask], parts.tokens[parts.mask])
+    assert torch.equal(whole.response, parts.response) and torch.equal(whole.ids, parts.ids)
     torch.testing.assert_close(whole.log_probs, parts.log_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.student_entropy, parts.student_entropy, rtol=1e-4, atol=1e-5)
     other = f.rollout(run, run.prompts[:12], f.SAMPLE, 1)
-    assert other.tokens.shape != whole.tokens.shape or not torch.equal(other.tokens, whole.tokens)
+    assert responses_of(other) != responses_of(whole)
 
 
 def test_finished_rows_leave_the_batch(pair, tmp_path, monkeypatch):
@@ -414,7 +427,7 @@ def test_finished_rows_leave_the_batch(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(f.Policy, "SEGMENT", 2)
     forward = run.student.model.forward
     monkeypatch.setattr(run.student.model, "forward", lambda *a, **k: rows.append(len(k["input_ids"])) or forward(*a, **k))
-    lengths = f.rollout(run, run.prompts[:12], f.SAMPLE, 0).mask.sum(1)
+    lengths = f.rollout(run, run.prompts[:12], f.SAMPLE, 0).response.sum(1)
     assert sum(rows) <= int((lengths + 1).sum()) < 12 * int(lengths.max())
 
 
@@ -445,8 +458,8 @@ def test_each_step_draws_anew(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", prompts=tmp_path / "one.jsonl", lr=1e-12)
     tokens = []
     for run.step in range(2):
-        tokens.append(f.train_step(run)[1].tokens)
-    assert tokens[0].shape != tokens[1].shape or not torch.equal(*tokens)
+        tokens.append(responses_of(f.train_step(run)[0]))
+    assert tokens[0] != tokens[1]
 
 
 def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
@@ -456,46 +469,36 @@ def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
     assert {p.teacher for p in rollouts.prompts} == {"one", "two"}
     for i, prompt in enumerate(rollouts.prompts):
         model = Qwen3ForCausalLM.from_pretrained(pair / {"one": "teacher", "two": "other"}[prompt.teacher]).double()
-        response = rollouts.tokens[i][rollouts.mask[i]]
+        response = rollouts.ids[i][rollouts.response[i]]
         ids = torch.cat([torch.tensor(prompt.ids), response])
+        assert torch.equal(ids, rollouts.ids[i, :len(ids)])  # one layout: prompt, response, padding
         table = model(ids[None]).logits[0, len(prompt.ids) - 1:-1, :16].log_softmax(1)
         expected = table.gather(1, response[:, None])[:, 0].float()
-        torch.testing.assert_close(rollouts.teacher_log_probs[i][rollouts.mask[i]], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rollouts.teacher_log_probs[i][rollouts.response[i]], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_controls_keep_the_rate_the_mean_and_the_multiset_of_weights(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", batch_size=12)
-    rollouts = scored_step(run)
-    by_likelihood = rollouts.keep
-    run.config.filter_by = "random"
-    random = f.choose_trajectories(run.config, rollouts, 0)
-    assert random.sum() == by_likelihood.sum()
-    assert any(not torch.equal(f.choose_trajectories(run.config, rollouts, s), by_likelihood) for s in range(3))
-    mask, rows = rollouts.mask, list(range(12))
-    soft = f.token_weights(rollouts.teacher_entropy, rollouts.teacher_entropy, mask, 1.0, 0.0)
+    r = scored_step(run)
+    keep, soft, mask, differs = r.keep, r.weights, r.response & r.keep[:, None], False
+    for run.step in range(3):
+        random = f.filter_trajectories(f.random_scores(run, r), run.config.filter_percentile)
+        assert random.sum() == keep.sum()
+        differs |= not torch.equal(random, keep)
+    assert differs
     chosen = {}
-    for kind in ("soft", "hard", "shuffled"):
+    for kind in ("hard", "shuffled"):
         run.config.token_weights = kind
-        chosen[kind] = f.choose_tokens(run.config, soft, mask, rows, 0)
+        chosen[kind] = f.control_weights(run, r)
         torch.testing.assert_close(chosen[kind].sum(1), mask.sum(1).float())
         assert (chosen[kind][~mask] == 0).all()
-    assert torch.equal(chosen["shuffled"].sort(1).values, soft.sort(1).values)
     assert not torch.equal(chosen["shuffled"], soft)
-    for i in rows:
-        hard, n = chosen["hard"][i, :mask[i].sum()], int(mask[i].sum())
-        assert (hard > 0).sum() == -(-n // 2) and soft[i, :n][hard > 0].min() >= soft[i, :n][hard == 0].max() if n > 1 else True
-
-
-def test_a_quantile_for_each_teacher_keeps_each_teachers_share(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl", batch_size=20, filter_percentile=50,
-                 teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"])
-    rollouts = scored_step(run)
-    mine = torch.tensor([p.teacher == "one" for p in rollouts.prompts])
-    rollouts.scores = torch.where(mine, rollouts.scores - 100, rollouts.scores)  # teacher one finds all of it unlikely
-    assert not f.choose_trajectories(run.config, rollouts, 0)[mine].any()
-    run.config.filter_scope = "teacher"
-    keep = f.choose_trajectories(run.config, rollouts, 0)
-    assert keep[mine].sum() == -(-int(mine.sum()) // 2) and keep[~mine].sum() == -(-int((~mine).sum()) // 2)
+    for i in keep.nonzero()[:, 0].tolist():
+        own, n = mask[i], int(mask[i].sum())
+        assert torch.equal(chosen["shuffled"][i, own].sort().values, soft[i, own].sort().values)
+        hard = chosen["hard"][i, own]
+        assert (hard > 0).sum() == -(-n // 2)
+        assert n == 1 or soft[i, own][hard > 0].min() >= soft[i, own][hard == 0].max()
 
 
 def naive_step(run, rollouts, alpha=1.0, beta=1.0, percentile=20.0, seq_mean=False):
@@ -504,7 +507,7 @@ def naive_step(run, rollouts, alpha=1.0, beta=1.0, percentile=20.0, seq_mean=Fal
     student.load_state_dict({k: v.double() for k, v in run.student.model.state_dict().items()})
     teacher = copy.deepcopy(run.teachers["teacher"].model).double()
     T, rows = run.config.temperature, []
-    for prompt, tokens, mask in zip(rollouts.prompts, rollouts.tokens, rollouts.mask):
+    for prompt, tokens, mask in zip(rollouts.prompts, rollouts.ids, rollouts.response):
         response, start = tokens[mask], len(prompt.ids) - 1
         ids = torch.cat([torch.tensor(prompt.ids), response])[None]
         s, t = ((model(ids).logits[0, start:-1, :16] / T).log_softmax(1) for model in (student, teacher))
@@ -534,9 +537,8 @@ def test_a_whole_step_agrees_with_a_naive_float64_reference(pair, tmp_path, sett
         torch.testing.assert_close(grads["model." + name].double(), grad, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("updates", [1, 2])
-def test_the_gradient_does_not_depend_on_the_micro_batches(pair, tmp_path, updates):
-    run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9, updates_per_rollout=updates)
+def test_the_gradient_does_not_depend_on_the_micro_batches(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9)
     rollouts, seen, cuts = scored_step(run), [], []
     for budget in (10 ** 6, 60, 30, 1):
         run.config.micro_batch_tokens = budget
@@ -553,13 +555,12 @@ def test_without_filter_and_weights_it_is_plain_distillation_to_the_bit(pair, tm
     run = loaded(pair, tmp_path / "out", batch_size=12, filter_percentile=0, alpha=0, beta=0, max_grad_norm=1e9)
     rollouts = scored_step(run)
     grads, _ = gradient(run, rollouts)
-    assert rollouts.keep.all() and torch.equal(rollouts.weights, rollouts.mask.float())
+    assert rollouts.keep.all() and torch.equal(rollouts.weights, rollouts.response.float())
     run.student.zero_grad()
     rows = f.micro_batches(list(range(12)), rollouts.lengths(), 8192)[0]
-    log_probs, _ = run.student(*f.pack(rollouts, rows, "cpu"))
-    mask = rollouts.mask[rows]
-    log_probs = f.unpack(log_probs, mask)
-    advantages = torch.where(mask, rollouts.teacher_log_probs[rows] - log_probs.detach(), 0)
+    ids, mask, teacher = rollouts.batch(rows, rollouts.ids, rollouts.response, rollouts.teacher_log_probs)
+    log_probs, _ = run.student(ids, mask)
+    advantages = torch.where(mask, teacher - log_probs.detach(), 0)
     (-((log_probs - log_probs.detach()).exp() * advantages).sum() / int(mask.sum())).backward()
     for name, p in run.student.named_parameters():
         assert torch.equal(p.grad, grads[name]), name
@@ -569,7 +570,7 @@ def test_a_student_that_is_its_teacher_has_no_divergence_and_no_gradient(pair, t
     run = loaded(pair, tmp_path / "out", teacher=pair / "student")
     rollouts = scored_step(run)
     grads, metrics = gradient(run, rollouts)
-    figures = f.measure_step(run, rollouts)
+    figures = f.measure_step(run, rollouts, [0, 1, 2, 3])
     assert abs(figures["reverse_kl"]) < 1e-5 and abs(figures["reverse_kl_kept"]) < 1e-6
     assert max(g.abs().max() for g in grads.values()) < 1e-5 and abs(metrics["loss"]) < 1e-6
 
@@ -586,29 +587,15 @@ def test_dropped_trajectories_never_enter_the_students_forward(pair, tmp_path, m
 
     monkeypatch.setattr(run.student, "forward", spy)
     f.update(run, rollouts)
-    assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.mask[rollouts.keep].sum())
+    assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.response[rollouts.keep].sum())
 
 
-def test_the_old_policy_is_this_very_pass_or_with_several_updates_the_sampler(pair, tmp_path, monkeypatch):
+def test_the_old_policy_is_this_very_pass(pair, tmp_path, monkeypatch):
     seen, loss = [], f.policy_loss
     monkeypatch.setattr(f, "policy_loss", lambda *a: seen.append(a) or loss(*a))
-    run = loaded(pair, tmp_path / "one", filter_percentile=0, clip_ratio=0.3)
+    run = loaded(pair, tmp_path / "one", filter_percentile=0)
     f.update(run, scored_step(run))
-    assert torch.equal(seen[0][0], seen[0][1]) and not seen[0][1].requires_grad and seen[0][6] == 0.3
-    run = loaded(pair, tmp_path / "two", filter_percentile=0, updates_per_rollout=2)
-    rollouts = scored_step(run)
-    f.update(run, rollouts)
-    old = torch.cat([args[1] for args in seen[1:]])
-    assert sorted(old.sum(1).tolist()) == sorted(rollouts.log_probs.sum(1).tolist())
-    assert not torch.allclose(seen[2][0], seen[2][1])  # the student has moved since it wrote
-
-
-def test_several_updates_clip_a_ratio_that_has_moved(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out", batch_size=12, updates_per_rollout=3, lr=0.1)
-    metrics, rollouts = f.train_step(run)
-    assert metrics["clip_fraction"] > 0.1 and metrics["skipped_updates"] == 0
-    run = loaded(pair, tmp_path / "out2", batch_size=12, lr=0.1)
-    assert f.train_step(run)[0]["clip_fraction"] == 0
+    assert torch.equal(seen[0][0], seen[0][1]) and not seen[0][1].requires_grad
 
 
 def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
@@ -627,22 +614,20 @@ def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
 def test_a_nan_rollout_is_dropped_and_a_nan_gradient_changes_nothing(pair, tmp_path):
     run = loaded(pair, tmp_path / "out")
     rollouts = scored_step(run)
-    rollouts.teacher_log_probs[2, 0] = math.nan
-    rollouts.scores = f.trajectory_scores(rollouts.teacher_log_probs, rollouts.mask)
-    rollouts.keep = f.choose_trajectories(run.config, rollouts, 0)
+    rollouts.teacher_log_probs[2, len(rollouts.prompts[2].ids)] = math.nan
+    rollouts.scores = f.trajectory_scores(rollouts.teacher_log_probs, rollouts.response)
+    select(run, rollouts)
     assert not rollouts.keep[2] and rollouts.keep.sum() >= 3
     metrics = f.update(run, rollouts)
     assert metrics["skipped_updates"] == 0 and math.isfinite(metrics["loss"])
-    assert math.isfinite(f.measure_step(run, rollouts)["reverse_kl"])
+    assert math.isfinite(f.measure_step(run, rollouts, [0, 1, 2, 3])["reverse_kl"])
     before = copy.deepcopy(run.student.state_dict())
     rollouts.keep[2] = True  # as if it had slipped through
     assert f.update(run, rollouts)["skipped_updates"] == 1
     rollouts.keep[:] = False  # and a step that keeps nothing
     assert f.update(run, rollouts)["skipped_updates"] == 1
-    run.config.updates_per_rollout = 5  # more mini-batches than trajectories: the empty ones are no failure
-    rollouts.keep[3] = True
-    run.optimizer.step = lambda: None
-    assert f.update(run, rollouts)["skipped_updates"] == 0
+    rollouts.keep[3], rollouts.log_probs[3, -1] = True, math.nan  # a sampler that went wrong is not trained on
+    assert f.update(run, rollouts)["skipped_updates"] == 1
     assert all(torch.equal(before[name], value) for name, value in run.student.state_dict().items())
 
 
@@ -664,25 +649,14 @@ def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_sav
     assert [row["skipped_updates"] for row in log_of(tmp_path / "out")] == [0, 1, 1, 1]
 
 
-def test_a_run_stopped_in_its_last_evaluation_makes_up_for_it(pair, tmp_path, monkeypatch):
-    argv = flags(pair, tmp_path / "out", eval_prompts=pair / "prompts.jsonl", eval_samples=8)
-    rollout = f.rollout
-    monkeypatch.setattr(f, "rollout", lambda run, *a: (f.STOP.set() if run.step == 3 else None) or rollout(run, *a))
-    with pytest.raises(SystemExit):
-        f.main(argv)
-    assert [row["step"] for row in log_of(tmp_path / "out")] == [0, 1, 2, 3]
-    monkeypatch.undo()
-    f.main(argv + ["--resume"])
-    assert "eval/reverse_kl" in log_of(tmp_path / "out")[-1] and log_of(tmp_path / "out")[-1]["step"] == 3
-
-
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("response,answer,correct", [
     ("so \\boxed{\\frac{1}{2}} it is", "\\frac{1}{2}", True), ("\\boxed{3} or \\boxed{4}", "3", False),
     ("The answer is $1,234.", "1234", True), ("12 apples, then 7", "12", False), ("blue", "blue", True),
     ("01358", "01358", True), ("\\boxed{1,2}", "12", False), ("it is 1/2", "2", False), ("it is 1/2", "1/2", True),
-    ("\\boxed{1,234,567}", "1234567", True), ("\\boxed{", "3", False), ("", "3", False), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
+    ("\\boxed{1,234,567}", "1234567", True), ("\\boxed{", "3", False), ("", "3", False), ("It=18, so", "18", True), ("it is .5", "5", False), ("it is .5", "0.5", True),
+    ("values are 1,2,3", "3", True), ("1,2,3", "123", False), ("it is 1,000", "1000", True), ("about 3-5", "5", True), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
 def test_an_answer_is_the_last_box_or_the_last_number_or_the_whole_response(response, answer, correct):
     assert f.is_correct(response, answer) is correct
 
@@ -691,34 +665,22 @@ def test_metrics_of_three_rollouts_worked_by_hand(pair, tmp_path):
     run = loaded(pair, tmp_path / "out")
     prompts = [f.Prompt([1], "12", "teacher", ""), f.Prompt([1], "3", "teacher", ""), f.Prompt([1], None, "teacher", "")]
     tokens = torch.tensor([[1, 2, 14], [4, 5, 14], [6, 6, 6]])
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    r = f.Rollouts(prompts, tokens, mask, torch.tensor([True, True, False]), torch.full((3, 3), -1.0),
-                   torch.tensor([[-1.0, -1, -1], [-2, -2, -2], [-4, -4, -4]]), torch.ones(3, 3), torch.tensor([-1.0, -2, -4]))
+    r = f.lay_out(prompts, {14}, tokens, torch.full((3, 3), -1.0), torch.ones(3, 3))
+    assert r.ids.tolist() == [[1, 1, 2, 14], [1, 4, 5, 14], [1, 6, 6, 6]] and r.lengths() == [4, 4, 4]
+    r.teacher_log_probs = torch.tensor([[0, -1.0, -1, -1], [0, -2, -2, -2], [0, -4, -4, -4]])
+    r.teacher_entropy, r.scores = torch.ones(3, 4), torch.tensor([-1.0, -2, -4])
     figures = f.measure(run, r, {"": torch.tensor([True, True, True]), "/a": torch.tensor([False, True, False])})
     assert figures["reverse_kl/a"] == 1 and figures["score"] == pytest.approx(-7 / 3)
     assert figures["reverse_kl"] == pytest.approx(4 / 3) and figures["exact_match"] == 0.5
     assert figures["truncated_ratio"] == pytest.approx(1 / 3) and figures["response_length"] == 3
-    r.keep, r.student_log_probs, r.student_entropy = torch.tensor([True, True, False]), torch.full((3, 3), -1.5), torch.ones(3, 3)
-    r.weights = torch.tensor([[2.0, 0.5, 0.5], [1, 1, 1], [0, 0, 0]])
-    figures = f.measure_step(run, r)
+    r.keep = torch.tensor([True, True, False])
+    r.weights = torch.tensor([[0, 2.0, 0.5, 0.5], [0, 1, 1, 1], [0, 0, 0, 0]])
+    figures = f.measure_step(run, r, [0.0, 1, 2, 4])
     assert figures["weight_ess"] == pytest.approx(36 / 7.5 / 6) and figures["filter_threshold"] == -2
     assert figures["reverse_kl_kept"] == 0.5 and figures["keep_ratio"] == pytest.approx(2 / 3)
     assert figures["truncated_ratio_dropped"] == 1 and figures["exact_match_kept"] == 0.5
-    assert figures["weight_top_decile"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert figures["seconds_update"] == 2 and figures["tokens_per_second"] == 9 / 4
     assert math.isnan(figures["reverse_kl_dropped"]) is False and "exact_match_dropped" not in figures
-
-
-def test_flops_are_those_that_torch_counts(pair, tmp_path):
-    run = loaded(pair, tmp_path / "out")
-    run.student.model.set_attn_implementation("eager")  # torch does not count the attention of its own kernels on a CPU
-    ids, response = torch.ones(1, 40, dtype=torch.long), torch.arange(40)[None] >= 15
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        run.student(ids, response)
-    ours = f.forward_flops(run.student, torch.tensor([40.0]), torch.tensor([25]))
-    causal_half = 2 * 2 * 32 * 40 ** 2  # 2 layers, 2 heads of 16: torch counts both halves of the attention
-    norms = sum(p.numel() for layer in run.student.layers() for p in layer.parameters() if p.dim() == 1)
-    # we count norms as if they were matrices; some versions of torch count the rotary frequencies too
-    assert ours + causal_half - 2 * norms * 40 == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
 # --- Settings -----------------------------------------------------------------------------------------------
@@ -732,8 +694,8 @@ def test_the_command_line_wins_over_json_and_json_over_defaults(tmp_path):
 
 def test_the_defaults_of_a_real_run_are_those_of_the_method():
     c = f.parse_config(["--teacher", "t", "--student", "s", "--prompts", "p"])
-    assert (c.filter_percentile, c.alpha, c.beta, c.clip_ratio, c.temperature) == (20, 1, 1, 0.2, 1)
-    assert (c.lr, c.weight_decay, c.max_grad_norm, c.loss_agg, c.updates_per_rollout) == (1e-6, 0.01, 1, "token-mean", 1)
+    assert (c.filter_percentile, c.alpha, c.beta, c.temperature) == (20, 1, 1, 1)
+    assert (c.lr, c.weight_decay, c.max_grad_norm, c.loss_agg) == (1e-6, 0.01, 1, "token-mean")
     assert c.tiny is None and c.filter_by == "likelihood" and c.token_weights == "soft"
 
 
@@ -756,30 +718,80 @@ def test_what_is_printed_cannot_move_the_cursor(pair, tmp_path, capsys):
 
 def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
     tokenizer, config = f.tiny_tokenizer(), f.Config(max_prompt_tokens=20)
-    run = f.Run(config, tokenizer=tokenizer, vocab_size=16)
-    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "1+"}, {"problem": "2+", "answer": "3", "group": "g"}, {"prompt": "1" * 30}])
-    a, b = f.load_prompts(run, path, ["t"])
-    assert (a.ids, b.ids, b.answer, b.group, b.teacher) == ([1, 10], [2, 10], "3", "g", "t")
+
+    def read(rows):
+        path = write_rows(tmp_path / "p.jsonl", rows)
+        return f.load_prompts(config, path, f.read_jsonl(path), tokenizer, set(range(16)), ["t"])
+
+    a, b = read([{"prompt": "1+"}, {"problem": "2+", "answer": 0, "group": "g"}, {"prompt": "1" * 30}])
+    assert (a.ids, b.ids, b.answer, b.group, b.teacher) == ([1, 10], [2, 10], "0", "g", "t")
+    assert [p.answer for p in read([{"prompt": "1", "solution": "7"}, {"prompt": "1", "ground_truth": 0.5}])] == ["7", "0.5"]
     tokenizer.chat_template = ("{% for m in messages %}{{ m.content }},{% endfor %}{% if add_generation_prompt %}={% endif %}"
-                               "{% if enable_thinking %}9{% endif %}")
+                               "{% if enable_thinking %}9{% endif %}{% if tools %}8{% endif %}")
     chat = [{"role": "user", "content": "4"}, {"role": "assistant", "content": "5"}]
-    path = write_rows(tmp_path / "q.jsonl", [{"prompt": "1"}, {"messages": chat}, {"prompt": chat[:1]}])
-    ids = [p.ids for p in f.load_prompts(run, path, ["t"])]
-    assert ids == [[1, 11, 12], [4, 11, 12], [4, 11, 12]]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]}]
+    ids = [p.ids for p in read([{"prompt": "1"}, {"messages": chat}, {"prompt": parts}, {"prompt": "3", "tools": [{"name": "x"}]}])]
+    assert ids == [[1, 11, 12], [4, 11, 12], [4, 2, 11, 12], [3, 11, 12, 8]]
     config.enable_thinking = True
-    assert f.load_prompts(run, path, ["t"])[0].ids == [1, 11, 12, 9]
+    assert read([{"prompt": "1"}])[0].ids == [1, 11, 12, 9]
     config.chat_template = "none"
     assert f.tokenize("1", tokenizer, config) == [1]
+    with pytest.raises(f.UserError, match="line 1.*image"):
+        config.chat_template = "auto"
+        read([{"prompt": [{"role": "user", "content": [{"type": "image"}]}]}])
+
+
+def test_a_byte_order_mark_is_no_text_and_special_tokens_are_not_doubled(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "1"}\n')
+    assert f.read_jsonl(str(tmp_path / "bom.jsonl"))[0][1] == {"prompt": "1"}
+
+    class Closing:  # a tokenizer that opens and closes every text
+        chat_template, bos_token_id, eos_token_id, eos_token = None, 1, 2, "</s>"
+
+        def __call__(self, text, verbose):
+            return {"input_ids": [1, *([1] if text.startswith("<s>") else []), 5, *([2] if text.endswith("</s>") else []), 2]}
+
+    assert f.tokenize("x", Closing(), f.Config()) == f.tokenize("<s>x", Closing(), f.Config()) == [1, 5]
 
 
 def test_the_end_of_turn_of_the_chat_template_ends_a_response(pair):
-    run_model, tokenizer = Qwen3ForCausalLM.from_pretrained(pair / "student"), f.tiny_tokenizer()
-    config = f.Config()
-    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
-    assert f.end_ids(run_model, tokenizer, config, 16) == {13, 14}
+    model, tokenizer, config = Qwen3ForCausalLM.from_pretrained(pair / "student"), f.tiny_tokenizer(), f.Config()
+    ends = lambda: f.end_ids(model, tokenizer, config, set(range(16)))
+    assert ends() == {14}
+    for template in ("{{ m.content }}<pad>", "{{ m.content }}\n<pad>", "{{ m.content }} <pad>\n"):
+        tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
+        assert ends() == {13, 14}
     config.chat_template = "none"
-    assert f.end_ids(run_model, tokenizer, config, 16) == {14}
+    assert ends() == {14}
+
+
+def test_an_id_that_only_the_student_knows_is_never_sampled_nor_graded(pair, tmp_path):
+    run = loaded(pair, tmp_path / "out")
+    policy = f.Policy(run.student.model, {14}, set(range(16)) - {3, 7}, run.config)
+    uniforms = torch.from_numpy(np.random.default_rng(1).random((400, 3)))
+    tokens, log_probs, _ = policy.sample([[1, 2]] * 400, uniforms)
+    assert not torch.isin(tokens, torch.tensor([3, 7])).any()
+    r = f.lay_out([f.Prompt([1, 2], None, "t", "")] * 400, {14}, tokens, log_probs, log_probs)
+    scored, entropy = policy(r.ids, r.response)
+    torch.testing.assert_close(scored, r.log_probs, rtol=1e-4, atol=1e-5)  # both over the shared ids alone
+    scored.sum().backward()
+    assert entropy.isfinite().all() and all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
+
+
+def test_positions_end_where_their_scaling_does():
+    def limit(longest, **rope):
+        c = Qwen3Config(max_position_embeddings=64, rope_parameters=dict(rope_theta=1e4, **rope))
+        try:
+            f.check_positions(f.Source("student", "folder", c, None), longest)
+        except f.UserError:
+            return False
+        return True
+
+    assert limit(64, rope_type="default") and not limit(65, rope_type="default")
+    yarn = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+    assert limit(128, **yarn) and not limit(129, **yarn)
+    long = dict(rope_type="longrope", short_factor=[1.0] * 64, long_factor=[8.0] * 64, original_max_position_embeddings=48)
+    assert limit(48, **long) and not limit(49, **long)
 
 
 def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
@@ -790,7 +802,7 @@ def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
     (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages }}")
     loaded(pair, tmp_path / "out", teacher=tmp_path / "t")
     out = capsys.readouterr().out
-    assert "warning  end of sequence" in out and "warning  teacher teacher has another chat template" in out
+    assert "warning  end of sequence" in out and "warning  teacher has another chat template" in out
 
 
 def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch, capsys):
@@ -804,7 +816,7 @@ def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkey
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
     with pytest.raises(SystemExit):
         f.main(flags(pair, tmp_path / "out"))
-    assert "caps its logits" in capsys.readouterr().err
+    assert "cap its logits" in capsys.readouterr().err
     monkeypatch.setattr(Qwen3Config, "logit_scale", 0.5, raising=False)  # and one that says so is not even tried
     with pytest.raises(SystemExit):
         f.main(flags(pair, tmp_path / "out2"))
@@ -831,6 +843,9 @@ def bad_inputs(pair, root):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return ["--config", str(path), *run()]
 
+    def no_flags(content):
+        return config(content)[:2]
+
     def student(change, **settings):
         folder = root / f"student{next(out)}"
         shutil.copytree(pair / "student", folder)
@@ -848,12 +863,13 @@ def bad_inputs(pair, root):
     good = '{"prompt": "1+2="}\n'
     busy = root / "busy"
     busy.mkdir()
+    (busy / "config.json").write_text('{"steps": 7}')
     (busy / "metrics.jsonl").write_text("")
     (root / "saved" / "checkpoint-000001").mkdir(parents=True)
 
     def tiny(**changes):
-        regime = dict(teachers={"a": "+"}, mixture={"+": 1.0}, student_loss=9.0, settings={})
-        base = dict(digits=3, pretrain_lr=1e-3, pretrain_steps=1, teacher_loss=9.0, regimes={"foreign": regime | changes},
+        regime = dict(teachers={"a": "+"}, mixture={"+": 1.0}, student_loss=9.0)
+        base = dict(digits=3, pretrain_lr=1e-3, pretrain_steps=1, teacher_loss=9.0, tasks={"foreign": regime | changes},
                     **{k: dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2) for k in ("teacher", "student")})
         return ["--output-dir", new(), "--config", config(json.dumps({"tiny": base}))[1]]
     (root / "afile").write_text("x")
@@ -872,24 +888,24 @@ def bad_inputs(pair, root):
         ("only prompts", ["--prompts", "x", "--student", "y"], "--teacher"),
         ("text for a number", run(steps="many"), "steps"), ("fraction of a step", run(steps="1.5"), "steps"),
         ("negative steps", run(steps=-1), "[0, 999999]"), ("percentile over 100", run(filter_percentile=101), "[0, 100]"),
-        ("percentile below 0", run(filter_percentile=-1), "[0, 100]"), ("lr of zero", run(lr=0), "[1e-12, inf]"),
-        ("lr nan", run(lr="nan"), "lr"), ("lr infinite", run(lr="inf"), "lr"), ("temperature 0", run(temperature=0), "[1e-06, inf]"),
-        ("alpha negative", run(alpha=-0.1), "[0, inf]"), ("batch of zero", run(batch_size=0), "[1, 1000000]"),
-        ("huge number", run(steps="9" * 5000), "steps"), ("clip of zero", run(clip_ratio=0), "[1e-06, 1]"),
-        ("unknown choice", run(loss_agg="sum"), "seq-mean"), ("unknown device", run(device="tpu"), "cuda"),
+        ("percentile below 0", run(filter_percentile=-1), "[0, 100]"), ("lr of zero", run(lr=0), "lr must be in"),
+        ("lr nan", run(lr="nan"), "lr"), ("lr infinite", run(lr="inf"), "lr"), ("temperature 0", run(temperature=0), "temperature must be in"),
+        ("alpha negative", run(alpha=-0.1), "alpha must be in"), ("batch of zero", run(batch_size=0), "[1, 1000000]"),
+        ("huge number", run(steps="9" * 5000), "steps"),
+        ("unknown choice", run(loss_agg="sum"), "seq-mean"),
         ("indivisible batch", run(batch_size=6, rollouts_per_prompt=4), "multiple"),
         ("resume without folder", ["--resume"], "--output-dir"),
         ("resume nothing", run(resume=True), "no complete checkpoint"),
         ("tiny and models of one's own", ["--config", os.path.join(HERE, "tiny_config.json"), *run()], "brings its own"),
         ("tiny and prompts of one's own", ["--eval-prompts", pair / "prompts.jsonl"], "go together"), ("config help", config('{"help": true}'), "help"),
-        ("compare without held-out prompts", run(compare=True), "--eval-prompts"), ("no such arm", run(compare=True, arms="OPD,magic"), "FiRe-OPD"), ("no such regime", ["--regime", "lunar"], "foreign"),
+        ("no such task", ["--task", "lunar", "--output-dir", new()], "lunar"),
         ("config missing", run(config=root / "nowhere.json"), "nowhere.json"), ("config is a folder", run(config=root), "config"),
         ("config not JSON", config("{steps: 3}"), "JSON"), ("config a list", config("[1]"), "object"),
         ("config empty", config(""), "JSON"), ("config binary", config(b"\xff\xfe\x00"), "config"),
-        ("config unknown key", config('{"btach_size": 3}'), "--batch-size"), ("config wrong type", config('{"steps": "3x"}'), "steps"),
-        ("config bool for int", config('{"steps": true}'), "steps"), ("config NaN", config('{"alpha": NaN}'), "alpha"),
-        ("config null", config('{"output_dir": null}'), "output_dir cannot be None"), ("config list value", config('{"alpha": [1]}'), "alpha"),
-        ("config bad tiny", ["--config", config('{"tiny": {"regimes": 3}}')[1]], "tiny"),
+        ("config unknown key", config('{"btach_size": 3}'), "--batch-size"), ("config wrong type", no_flags('{"steps": "3x"}'), "steps"),
+        ("config bool for int", no_flags('{"steps": true}'), "steps"), ("config NaN", config('{"alpha": NaN}'), "alpha"),
+        ("config null", ["--config", config('{"output_dir": null}')[1]], "output_dir must be"), ("config list value", config('{"alpha": [1]}'), "alpha"),
+        ("config bad tiny", ["--config", config('{"tiny": {"tasks": 3}}')[1], "--output-dir", new()], "tiny"),
         ("prompts missing", run(prompts=root / "none.jsonl"), "none.jsonl"), ("prompts a folder", run(prompts=root), "prompts" if False else str(root)),
         ("prompts empty", prompts(""), "0 prompts"), ("prompts blank", prompts("\n \n"), "0 prompts"),
         ("prompts binary", prompts(b"\x89PNG\r\n\x1a\n" + bytes(range(256))), "line 1"), ("prompts not JSON", prompts(good + "nope\n"), "line 2"),
@@ -900,9 +916,9 @@ def bad_inputs(pair, root):
         ("prompt without tokens", student(template("{{ '' }}")), "no tokens"), ("template raises", student(template("{{ raise_exception('no') }}")), "line 1"),
         ("template broken", student(template("{% if %}")), "line 1"),
         ("messages malformed", student(template("{{ messages[0].content }}")) + ["--prompts", prompts('{"prompt": [3]}')[5]], "line 1"),
-        ("answer a number", prompts('{"prompt": "1", "answer": 3}\n'), "answer"), ("group a list", prompts('{"prompt": "1", "group": []}\n'), "group"),
+        ("answer a list", prompts('{"prompt": "1", "answer": ["a"]}\n'), "answer"),
         ("teacher unknown", prompts(good + '{"prompt": "1", "teacher": "bob"}\n'), "bob"),
-        ("invalid UTF-8", prompts(b'{"prompt": "\xc3\x28"}\n'), "line 1"), ("lone surrogate", prompts('{"prompt": "\\ud800"}\n'), "line 1"),
+        ("invalid UTF-8", prompts(b'{"prompt": "\xc3\x28"}\n'), "line 1"), ("lone surrogate", prompts('{"prompt": "\\ud800"}\n'), "surrogates"),
         ("huge line", prompts('{"prompt": "' + "1" * 10 ** 6 + '"}\n'), "max-prompt-tokens"), ("deep JSON", prompts("[" * 10 ** 5), "line 1"),
         ("all prompts too long", run(max_prompt_tokens=2), "40 prompts"),
         ("eval prompts missing", run(eval_prompts=root / "no.jsonl"), "no.jsonl"),
@@ -921,25 +937,25 @@ def bad_inputs(pair, root):
         ("weights of another shape", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64'))), "shape"),
         ("output a file", run(output_dir=root / "afile"), "output folder"), ("output under a file", run(output_dir=root / "afile" / "x"), "output folder"),
         ("output with checkpoints", run(output_dir=root / "saved"), "--resume"), ("output not UTF-8", run(output_dir=str(root) + "/\udcff"), "output folder"),
-        ("tiny teacher elsewhere", tiny(teachers={"../x": "+"}), "plain names"), ("tiny without mixture", tiny(mixture=None), "tiny"),
+        ("tiny without mixture", tiny(mixture=None), "tiny"),
         ("tiny shares do not add up", tiny(mixture={"+": 0.5}), "tiny"), ("steps beyond all folders", run(steps=10 ** 6), "[0, 999999]"),
         ("batch beyond memory", run(batch_size=10 ** 10), "[1, 1000000]"), ("seed too large", run(seed=2 ** 64), "seed"),
-        ("compare no steps", run(compare=True, steps=0, eval_prompts=pair / "prompts.jsonl"), "--steps"),
-        ("EOS is no number", student(lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "x"}')), "error"),
-        ("output in use", run(output_dir=busy), "--resume"), ("output unwritable", run(output_dir="/proc/nowhere"), "output folder"),
+        ("adapter", student(lambda d: (d / "adapter_config.json").write_text("{}")), "LoRA"),
+        ("output in use", run(output_dir=busy), "other settings"), ("output unwritable", run(output_dir="/proc/nowhere"), "output folder"),
     ]
-    if not torch.cuda.is_available():
-        yield "cuda without a GPU", run(device="cuda"), "--device cpu"
 
 
 def test_bad_input_gives_one_line_and_status_2(pair, tmp_path, capsys):
     tried = 0
     for name, argv, needle in bad_inputs(pair, tmp_path):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
+        try:
             f.main(list(map(str, argv)))
+        except SystemExit as stop:
+            assert stop.code == 2, name
+        else:
+            raise AssertionError(f"{name}: no error")
         error = capsys.readouterr().err
-        assert stop.value.code == 2, name
         assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000, (name, error)
         assert needle in error, (name, needle, error)
         tried += 1
@@ -972,17 +988,17 @@ def test_the_saved_student_loads_and_generates(pair, tmp_path):
         assert ("lm_head.weight" in weights_of(out)) is not tie
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(updates_per_rollout=2, rollouts_per_prompt=2)])
+@pytest.mark.parametrize("settings", [dict(), dict(rollouts_per_prompt=2)])
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pair, tmp_path, settings, capsys):
-    settings |= dict(eval_prompts=pair / "prompts.jsonl", eval_samples=8, eval_every=2, save_every=1, keep=9)
+    settings |= dict(eval_prompts=pair / "prompts.jsonl", eval_every=2, save_every=1, keep=9)
     f.main(flags(pair, tmp_path / "whole", steps=5, **settings))
     f.main(flags(pair, tmp_path / "cut", steps=2, **settings))
     with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # what a kill after the checkpoint would leave
     f.main(flags(pair, tmp_path / "cut", steps=5, resume=True, **settings))
     same_metrics(log_of(tmp_path / "whole"), [r for r in log_of(tmp_path / "cut")], rel=0, abs=0)
-    whole, cut = (load_file(os.path.join(f.checkpoints(tmp_path / n)[-1], "optimizer.safetensors")) for n in ("whole", "cut"))
-    assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole)
+    whole, cut = (torch.load(os.path.join(f.checkpoints(tmp_path / n)[-1], "optimizer.pt"), weights_only=True)["state"] for n in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[n][k], cut[n][k]) for n in whole for k in whole[n])
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
     with pytest.raises(SystemExit):
@@ -991,10 +1007,10 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pair, tmp_path, setti
     assert "lr was 0.01, is 0.5" in error and "steps" in error
 
 
-def test_a_run_stopped_before_its_first_update_resumes_to_the_same_bits(pair, tmp_path, monkeypatch):
+def test_a_run_stopped_before_its_first_step_resumes_to_the_same_bits(pair, tmp_path, monkeypatch):
     f.main(flags(pair, tmp_path / "whole"))
-    score = f.score
-    monkeypatch.setattr(f, "score", lambda *a: f.STOP.set() or score(*a))
+    load = f.load
+    monkeypatch.setattr(f, "load", lambda *a: f.STOP.set() or load(*a))
     with pytest.raises(SystemExit) as stop:
         f.main(flags(pair, tmp_path / "cut"))
     assert stop.value.code == 130 and f.checkpoints(tmp_path / "cut")[0].endswith("000000")
@@ -1004,67 +1020,40 @@ def test_a_run_stopped_before_its_first_update_resumes_to_the_same_bits(pair, tm
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
 
 
-def test_a_run_stopped_in_its_warm_up_leaves_no_half_made_pair_under_its_name(tmp_path, monkeypatch):
-    rows = f.tiny_rows
-    monkeypatch.setattr(f, "tiny_rows", lambda *a: f.STOP.set() or rows(*a))
+def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_ours_are_the_tracebacks(pair, tmp_path, monkeypatch, capsys):
+    score = f.score
+    monkeypatch.setattr(f, "score", lambda *a: 1 / 0)
     with pytest.raises(SystemExit) as stop:
-        f.main(["--output-dir", str(tmp_path / "out")])
-    assert stop.value.code == 130 and not f.checkpoints(tmp_path / "out")
-    assert [name.endswith(".partial") for name in os.listdir(tmp_path / "out")] == [True]
-
-
-def test_resume_refuses_other_prompts_and_a_broken_checkpoint(pair, tmp_path, capsys):
-    shutil.copy(pair / "prompts.jsonl", tmp_path / "p.jsonl")
-    argv = flags(pair, tmp_path / "out", prompts=tmp_path / "p.jsonl", save_every=1, keep=9)
-    f.main(argv)
-    newest = f.checkpoints(tmp_path / "out")[-1]
-    intact = open(os.path.join(newest, "optimizer.safetensors"), "rb").read()
-    save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
-    errors = []
-    for damage in (intact[:100], None, intact):
-        if damage is not None:
-            with open(os.path.join(newest, "optimizer.safetensors"), "wb") as file:
-                file.write(damage)
-        if damage is intact:
-            (tmp_path / "p.jsonl").write_text('{"prompt": "1+"}\n')
-        with pytest.raises(SystemExit):
-            f.main(argv + ["--resume"])
-        errors.append(capsys.readouterr().err)
-        save_file({"other.exp_avg": torch.zeros(1)}, os.path.join(newest, "optimizer.safetensors"))
-    assert "before it" in errors[0] and "KeyError" in errors[1] and "other (held-out) prompts" in errors[2]
-
-
-def test_resume_refuses_other_held_out_prompts(pair, tmp_path, capsys):
-    shutil.copy(pair / "prompts.jsonl", tmp_path / "e.jsonl")
-    argv = flags(pair, tmp_path / "out", eval_prompts=tmp_path / "e.jsonl", eval_samples=8)
-    f.main(argv)
-    write_rows(tmp_path / "e.jsonl", [dict(prompt="1+=")] * 8)
-    with pytest.raises(SystemExit):
-        f.main(argv + ["--resume"])
-    assert "other (held-out) prompts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("change", [{"step": 99}, {"step": "2"}, {"prompts": None}, {"settings": {}}, {"settings": 3}])
-def test_a_mangled_trainer_state_is_one_line(pair, tmp_path, capsys, change):
-    argv = flags(pair, tmp_path / "out", steps=1)
-    f.main(argv)
-    path = tmp_path / "out" / "checkpoint-000001" / "trainer_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(SystemExit) as stop:
-        f.main(argv + ["--resume"])
+        f.main(flags(pair, tmp_path / "out"))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and len(error) < 1000
+    assert stop.value.code == 1 and "Traceback" in error and "ZeroDivisionError" in error
+    monkeypatch.undo()
+    f.main(flags(pair, tmp_path / "out"))
+    assert [row["step"] for row in log_of(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_resume_refuses_a_broken_checkpoint(pair, tmp_path, capsys):
+    argv = flags(pair, tmp_path / "out", save_every=1, keep=9)
+    f.main(argv)
+    path = os.path.join(f.checkpoints(tmp_path / "out")[-1], "optimizer.pt")
+    intact = open(path, "rb").read()
+    for damage in (intact[:100], b"", b"x" * 1000):
+        open(path, "wb").write(damage)
+        with pytest.raises(SystemExit) as stop:
+            f.main(argv + ["--resume"])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "before it" in error
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_alone(pair, tmp_path, capsys, monkeypatch):
-    save = f.save_file
+    save = torch.save
 
     def full(tensors, path):
-        if "partial" in str(path) and f.checkpoints(tmp_path / "out"):
+        if f.checkpoints(tmp_path / "out"):
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(f, "save_file", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stop:
         f.main(flags(pair, tmp_path / "out", save_every=1))
     error = capsys.readouterr().err
@@ -1100,7 +1089,7 @@ def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     code, out, error = finish(process)
-    assert code == 130 and "go on with" in out and error == ""
+    assert code == 130 and "go on " in out and error == ""
     process = spawn(argv + ["--resume"])
     deadline = time.time() + 60
     start = f.checkpoints(tmp_path / "cut")[-1]
@@ -1117,13 +1106,13 @@ def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
 # --- Ranks --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks,settings", [
-    (2, dict(batch_size=12, max_new_tokens=12)),
+    (2, dict(batch_size=12, max_new_tokens=12, seed=1)),
     (3, dict(batch_size=6, filter_percentile=90)),  # one trajectory kept: two ranks have nothing to train on
     (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40, max_new_tokens=80,
              rollout_batch_size=4))])  # responses longer than a segment, and 2 against 1 batches in the evaluation
 def test_two_and_three_ranks_are_the_same_run(pair, tmp_path, ranks, settings):
     settings |= dict(teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"], prompts=pair / "routed.jsonl",
-                     eval_prompts=pair / "routed.jsonl", eval_samples=9, steps=3, save_every=2)
+                     eval_prompts=pair / "routed.jsonl", steps=3, save_every=2)
     f.main(flags(pair, tmp_path / "one", **settings))
     port = 29500 + os.getpid() % 5000 + 10 * ranks
     code, out, error = finish(spawn(flags(pair, tmp_path / "many", **settings), ranks, port))
@@ -1159,47 +1148,6 @@ def test_an_error_ends_all_ranks_with_one_line(pair, tmp_path):
     assert error.count("error: batch_size") == 1 and time.time() - started < 60
 
 
-# --- The comparison -----------------------------------------------------------------------------------------
-
-def test_the_interval_is_students():
-    centre, deviation, half = f.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (centre, deviation) == (3, pytest.approx(math.sqrt(2.5))) and half == pytest.approx(1.963, abs=1e-3)
-    assert math.isnan(f.interval([1.0])[2]) and math.isnan(f.interval([1.0, math.nan])[1])
-
-
-def test_a_miniature_comparison_of_all_arms(pair, tmp_path, capsys):
-    argv = flags(pair, tmp_path / "out", steps=2, eval_prompts=pair / "prompts.jsonl", eval_samples=8) + ["--compare", "--seeds", "2"]
-    f.main(argv)
-    table = (tmp_path / "out" / "comparison.md").read_text()
-    assert [line.split(" |")[0][2:] for line in table.splitlines()[2:]] == list(f.ARMS)
-    assert "+0.000 ± 0.000" in table.splitlines()[2]  # OPD against itself
-    starts = {json.dumps(log_of(tmp_path / "out" / "seed-1" / arm.replace(" ", "-"))[0]) for arm in f.ARMS}
-    assert len(starts) == 1  # all arms start from the same student and meet the same uniforms
-    shutil.rmtree(tmp_path / "out" / "seed-1" / "FiRe-OPD")
-    capsys.readouterr()
-    f.main(argv)  # an interrupted comparison trains what is missing, nothing else
-    out = capsys.readouterr().out
-    assert out.count("step 2/2") == 1 and out.index("=== seed 1, FiRe-OPD") < out.index("step 2/2") < out.index("=== seed 1, hard")
-    assert (tmp_path / "out" / "comparison.md").read_text() == table
-    with pytest.raises(SystemExit):  # and never mixes runs of other settings
-        f.main(argv + ["--lr", "0.5"])
-    assert "lr was 0.01, is 0.5" in capsys.readouterr().err
-    with pytest.raises(SystemExit):  # nor of other lengths
-        f.main(argv + ["--steps", "1"])
-    assert "a run of more steps" in capsys.readouterr().err
-
-
-def test_arms_differ_in_nothing_but_their_settings(pair, tmp_path):
-    argv = flags(pair, tmp_path / "out", steps=1, eval_prompts=pair / "prompts.jsonl", eval_samples=8, seeds=1, token_weights="hard",
-                 filter_by="random", arms="OPD,FiRe-OPD,OPD")  # an arm named twice is trained and counted once
-    f.main(argv + ["--compare"])
-    seed = tmp_path / "out" / "seed-0"
-    settings = [json.load(open(seed / arm / "config.json")) for arm in ("OPD", "FiRe-OPD")]
-    assert all(one["token_weights"] == "soft" and one["filter_by"] == "likelihood" for one in settings)
-    assert {name for name in settings[0] if settings[0][name] != settings[1][name]} == {"output_dir", *f.ARMS["OPD"]}
-    assert (tmp_path / "out" / "comparison.md").read_text().count("| OPD |") == 1
-
-
 # --- The README ---------------------------------------------------------------------------------------------
 
 def readme():
@@ -1210,15 +1158,10 @@ def test_the_readmes_functions_and_flags_are_those_of_the_file():
     text = readme()
     equations = re.findall(r"^\|[^|\n]*\|[^\n]*\|\s*`(\w+)`\s*\|$", text.split("## The idea")[1].split("\n## ")[0], re.M)
     assert len(equations) == 8 and all(callable(getattr(f, name)) for name in equations)
-    rows = {name: (default, meaning) for name, default, meaning in re.findall(r"^\| `--([\w-]+)` \| (.*?) \| (.*?) \|$", text, re.M)}
-    assert list(rows) == [f.flag(name)[2:] for name in f.SETTINGS if name != "tiny"]
-    for name, (default, meaning) in rows.items():
-        setting = f.SETTINGS[name.replace("-", "_")]
-        assert default == (f"`{setting.default}`" if setting.default or setting.type in (int, float) else ""), name
-        assert meaning.startswith(setting.metadata["text"]), name
-    others = {"nproc-per-node", "nnodes", "standalone", "master-port", "rdzv-backend", "rdzv-endpoint", "max-restarts", "tasks", "model"}  # of other programs
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", text)) - others:
-        assert flag.removeprefix("no-") in rows, flag
+    others = {"nproc-per-node", "nnodes", "standalone", "master-port", "rdzv-backend", "rdzv-endpoint", "max-restarts", "tasks", "model",
+              "shutdown-timeout", "help", "model-args"}  # of other programs
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_-]+)", text)):
+        assert flag.replace("_", "-") in others or flag.removeprefix("no-").replace("-", "_") in f.SETTINGS, flag
 
 
 def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
@@ -1236,7 +1179,7 @@ def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", "".join(blocks)], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PET_MASTER_PORT": port})
     assert done.returncode == 0, done.stderr
-    assert "DROPPED" in done.stdout and "before       after" in done.stdout and "nan" not in done.stdout
+    assert "DROPPED" in done.stdout and "first        last" in done.stdout and "nan" not in done.stdout
     first, fire, opd = (log_of(tmp_path / "runs" / run)[i] for run, i in (("tiny", 0), ("tiny", 51), ("opd", -1)))
     assert first["step"] == 0 and fire["step"] == opd["step"] == 50
     glossary = text.split("## Metrics")[1].split("\n## ")[0]
@@ -1246,6 +1189,24 @@ def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
     assert fire["eval/reverse_kl/+"] < 0.8 * first["eval/reverse_kl/+"]  # it learns what its teacher knows
     assert fire["eval/exact_match/+"] > first["eval/exact_match/+"] + 0.05
     assert fire["eval/exact_match/,"] > 0.6 > 0.1 > opd["eval/exact_match/,"]  # and keeps what it does not, unlike OPD
+
+
+def test_the_readmes_comparison_runs_as_printed(pair, tmp_path):
+    """Both blocks, at miniature size: one seed, two steps, a pair that has hardly been trained."""
+    loop, table = (re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", readme(), re.S)[1] for name in ("comparison", "table"))
+    shutil.copy(FILE, tmp_path)
+    config = json.load(open(os.path.join(HERE, "tiny_config.json"))) | dict(steps=2, batch_size=8)
+    config["tiny"] |= dict(pretrain_steps=2)
+    (tmp_path / "tiny_config.json").write_text(json.dumps(config))
+    (tmp_path / "table.py").write_text(table)
+    loop = loop.replace("python fire_opd.py", f"{sys.executable} one.py")
+    (tmp_path / "one.py").write_text("import sys, fire_opd\nfire_opd.main(sys.argv[1:])\n")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", loop], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"SEEDS": "0", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "table.py", "runs/compare"], cwd=tmp_path, capture_output=True, text=True)
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 8 and "FiRe-OPD" in rows and "+0.000" in done.stdout, done.stderr
 
 
 def test_the_exercises_of_the_readme_hold(monkeypatch):
@@ -1261,9 +1222,11 @@ def test_the_exercises_of_the_readme_hold(monkeypatch):
 # --- A GPU --------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_float32_agrees_with_the_cpu_and_bf16_stays_finite(pair, tmp_path):
-    f.main(flags(pair, tmp_path / "cpu", batch_size=32))
-    f.main(flags(pair, tmp_path / "gpu", batch_size=32, device="cuda", dtype="float32"))
+def test_on_a_gpu_float32_agrees_with_the_cpu_and_bf16_stays_finite(pair, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(f, "DEVICE", "cpu")
+        f.main(flags(pair, tmp_path / "cpu", batch_size=32))
+    f.main(flags(pair, tmp_path / "gpu", batch_size=32, dtype="float32"))
     same_metrics(log_of(tmp_path / "cpu")[:1], log_of(tmp_path / "gpu")[:1], rel=1e-2, abs=1e-2)
-    f.main(flags(pair, tmp_path / "bf16", batch_size=32, device="cuda"))
+    f.main(flags(pair, tmp_path / "bf16", batch_size=32))
     assert all(math.isfinite(row["loss"]) and row["skipped_updates"] == 0 for row in log_of(tmp_path / "bf16"))
