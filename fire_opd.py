@@ -42,7 +42,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-
 # --- The method: pure tensor functions, no models, no globals -----------------------------------------------
 
 def upcast(x):
@@ -173,7 +172,6 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     tokens = tokens.clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log(), torch.special.entr(probs).sum(1)
 
-
 # --- Settings: a line a flag; parsing and checks stand at the end -------------------------------------------
 
 def setting(default, text, low=None, high=10**9, choices=None):
@@ -218,7 +216,6 @@ class Config:
     task: str = setting("foreign", "which tiny task of tiny_config.json")
     tiny: dict = setting(None, "(JSON only) how the tiny pair is made")
 
-
 # --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -236,7 +233,6 @@ STOP = threading.Event()  # set by SIGTERM and SIGINT
 def told_to_stop():
     """Asked of all ranks together, so that they stop after the same step."""
     return sum_over_ranks(torch.tensor(float(STOP.is_set()))) > 0
-
 
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
 
@@ -306,7 +302,6 @@ class Policy(nn.Module):
                 tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn, log_pi.float(), h.float()
                 ids, attention = drawn[:, None], torch.cat([attention, torch.ones_like(drawn)[:, None]], 1)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
-
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
 
@@ -485,7 +480,6 @@ def micro_batches(rows, lengths, budget):
     cuts += [[] for _ in range(-len(cuts) % WORLD_SIZE)]
     return cuts[RANK::WORLD_SIZE]
 
-
 # --- The run ------------------------------------------------------------------------------------------------
 
 def train(config):
@@ -516,7 +510,6 @@ def due(run, every):
     """Whether something is done after this step: after the last one, and before as often as wanted."""
     return run.step == run.config.steps or every and run.step % every == 0
 
-
 # === The method ends here. What follows is plumbing: controls, metrics, flags, prompts, models, files =======
 
 # --- Controls: what the filter and the weights have to beat -------------------------------------------------
@@ -538,7 +531,6 @@ def control_weights(run, r):
     order = noise.masked_fill(~mask, 1).argsort(dim=1)  # first the columns of the response, at random
     first = torch.arange(mask.shape[1]) < lengths  # [B, L]
     return weights.masked_scatter(mask, weights.gather(1, order)[first])  # the same weights on other tokens
-
 
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
 
@@ -629,7 +621,6 @@ def evaluate(run):
         f"{name} {x:.3f}" for name, x in figures.items() if re.match("reverse_kl|exact_match", name)))
     log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
 
-
 # --- The screen and the log ---------------------------------------------------------------------------------
 
 def visible(text):
@@ -678,8 +669,9 @@ def summary(run):
         if values and re.match("eval/(exact|reverse)|keep_ratio$|reverse_kl(_kept)?$|response_length$", name):
             say(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
     newest, command = checkpoints(folder)[-1], f"python {sys.argv[0]} --config {folder}/config.json"
-    say(f"\n{run.step} of {run.config.steps} steps; metrics in {folder}/metrics.jsonl, student in {newest}. "
-        f"Next:\n  go on     {command} --resume --steps {max(run.config.steps, 2 * run.step)}\n"
+    steps = run.config.steps * (1 if run.step < run.config.steps else 2)
+    say(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl, student in {newest}. "
+        f"Next:\n  go on     {command} --resume --steps {steps}\n"
         f"  evaluate  {command} --steps 0 --student {newest}\n"
         f"  use       transformers.pipeline('text-generation', '{newest}')")
 
@@ -698,7 +690,6 @@ def read_log(folder):
         with contextlib.suppress(ValueError):  # a full disk may have torn the last line
             rows.append(json.loads(line))
     return rows
-
 
 # --- The command line ---------------------------------------------------------------------------------------
 
@@ -774,7 +765,6 @@ def check(config):
     if config.resume and not config.output_dir:
         raise UserError("command line: --resume needs --output-dir, the folder of the run to continue")
 
-
 # --- Prompts ------------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
@@ -847,7 +837,6 @@ def load_prompts(config, path, rows, *about):
     note(f"{path}: {len(kept)} prompts of at most {max(len(prompt.ids) for prompt in kept)} tokens",
          len(kept) < len(prompts) and f"{len(prompts) - len(kept)} longer than {longest} tokens are dropped")
     return kept
-
 
 # --- Models -------------------------------------------------------------------------------------------------
 
@@ -939,6 +928,8 @@ def load_model(source, dtype):
             ignore_mismatched_sizes=True, trust_remote_code=False)
         if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
+        if model.base_model is model:
+            raise ValueError(f"{type(model).__name__} does not name its inner model; it is not supported")
         if extra := sorted(info["unexpected_keys"]):
             note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
         try:
@@ -1079,7 +1070,6 @@ def report_memory(run, longest):
     note(gb.format(*(x / 2 ** 30 for x in (need, there, student, teachers, cache, update))),
          need > there and "this will not fit; the README says what to lower")
 
-
 # --- Checkpoints --------------------------------------------------------------------------------------------
 
 def open_output(config):
@@ -1165,7 +1155,6 @@ def resume(run, folder):
             os.replace(path + ".partial", path)
     sum_over_ranks(torch.zeros(1))
 
-
 # --- The tiny pair: a teacher and a student made in seconds -------------------------------------------------
 
 def tiny_tokenizer():
@@ -1250,7 +1239,6 @@ def write_tiny(folder, tiny, seed):
             for row in tiny_rows(rng, count, tiny["digits"], shares):
                 row["teacher"] = grades.get(row["group"], next(iter(teachers)))
                 file.write(json.dumps(row) + "\n")
-
 
 # --- The command --------------------------------------------------------------------------------------------
 
