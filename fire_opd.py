@@ -24,8 +24,8 @@ Left out on purpose: a critic, a reward, a reference model and its KL penalty, s
 top-k or full-vocabulary divergences, an inference server, learning-rate schedules, logging services.
 """
 
-import argparse, collections, contextlib, dataclasses, datetime, difflib, functools, glob, hashlib, json, math
-import os, re, shutil, signal, sys, threading, time, traceback, warnings
+import argparse, collections, contextlib, dataclasses, datetime, difflib, functools, glob, hashlib, inspect
+import json, math, os, re, shutil, signal, sys, threading, time, traceback, warnings
 from dataclasses import dataclass, field
 
 import huggingface_hub, tokenizers, torch, transformers
@@ -928,8 +928,8 @@ def load_model(source, dtype):
             ignore_mismatched_sizes=True, trust_remote_code=False)
         if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
-        if model.base_model is model:
-            raise ValueError(f"{type(model).__name__} does not name its inner model; it is not supported")
+        if model.base_model is model or "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{type(model).__name__} has no inner model or no key/value cache: not supported")
         if extra := sorted(info["unexpected_keys"]):
             note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
         try:
