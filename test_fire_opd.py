@@ -5,7 +5,7 @@ All run offline on a CPU in about two minutes; formulas are compared with exampl
 float64 loops, with enumeration and with finite differences.
 """
 
-import copy, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
+import copy, functools, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
@@ -808,6 +808,7 @@ def test_teachers_that_end_elsewhere_are_warned_about(pair, tmp_path, capsys):
 def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkeypatch, capsys):
     forward = Qwen3ForCausalLM.forward
 
+    @functools.wraps(forward)
     def capped(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
         out.logits = 2 * (out.logits / 2).tanh()
