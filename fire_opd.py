@@ -24,8 +24,8 @@ Left out on purpose: a critic, a reward, a reference model and its KL penalty, s
 top-k or full-vocabulary divergences, an inference server, learning-rate schedules, logging services.
 """
 
-import argparse, collections, contextlib, dataclasses, datetime, difflib, functools, glob, hashlib, inspect
-import json, math, os, re, shutil, signal, sys, threading, time, traceback, warnings
+import argparse, collections, contextlib, dataclasses, datetime, difflib, functools, inspect, json, math, os
+import re, shutil, signal, sys, threading, time, traceback, warnings
 from dataclasses import dataclass, field
 
 import huggingface_hub, tokenizers, torch, transformers
@@ -43,7 +43,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 # --- The method: pure tensor functions, no models, no globals -----------------------------------------------
-
 def upcast(x):
     """bfloat16 and float16 become float32, float32 and float64 stay: no softmax is taken in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -55,8 +54,7 @@ def is_eos(tokens, eos_ids):
 def response_mask(tokens, eos_ids):
     """True up to and including the first end of sequence. tokens [B, T], eos_ids: ints -> [B, T] bool.
 
-    By position, not by value: with pad == eos a comparison with the pad id would lose the real EOS, and that
-    token is the one that teaches the student to stop.
+    By position: with pad == eos a comparison with the pad id would lose the EOS that teaches to stop.
     """
     ends = is_eos(tokens, eos_ids).long()
     return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
@@ -64,8 +62,8 @@ def response_mask(tokens, eos_ids):
 def trajectory_scores(teacher_log_probs, response_mask):
     """s = (1/|y|) sum_t log pi_T(y_t): how likely the teacher finds each trajectory, per token.
 
-    teacher_log_probs [B, T], response_mask [B, T] -> scores [B] in nats per token. A row without a response
-    scores minus infinity: an empty mean of 0 would be the best score there is.
+    teacher_log_probs, response_mask [B, T] -> scores [B] in nats per token. A row without a response scores
+    minus infinity: an empty mean of 0 would be the best score there is.
     """
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
@@ -76,8 +74,8 @@ def filter_trajectories(scores, percentile):
     """Filter: keep the trajectories with s >= the `percentile` quantile of all finite scores.
 
     scores [B] of the WHOLE step: the quantile of a micro-batch of one is that one, and nothing is filtered.
-    percentile in [0, 100], else ValueError -> keep [B] bool. The quantile is interpolated linearly; ties with
-    it stay, 0 keeps every finite score, NaN and infinite scores are never kept.
+    percentile in [0, 100], else ValueError -> keep [B] bool. Linear interpolation; ties with the quantile
+    stay, 0 keeps every finite score, NaN and infinite scores are never kept.
     """
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], got {percentile}")
@@ -95,8 +93,7 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     Teacher confidence c_t = clamp(1 - H_T,t / max_t H_T, 0, 1): a teacher that hesitates teaches little.
     Student confusion  u_t = clamp(H_S,t / max_t H_S, 0, 1): where the student hesitates it has most to learn.
     Entropies in nats and response_mask, all [B, T] -> weights [B, T], zero off the mask, without gradient.
-    scope: "trajectory" (max and mean per row) or "batch" (pooled over all rows; mask out rows that are not
-    to count). Any other scope is a ValueError.
+    scope: max and mean of each "trajectory", or of the "batch" (the mask tells which rows); else ValueError.
     """
     if scope not in ("trajectory", "batch"):
         raise ValueError(f"scope must be 'trajectory' or 'batch', got {scope!r}")
@@ -118,10 +115,9 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
 
     A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL(pi_S || pi_T)
     at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, where old_log_probs are this very
-    pass's, as in `update`: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T],
-    log-probs in nats. num_tokens counts the kept tokens of the whole step, over all micro-batches and ranks,
-    because their gradients ADD: dividing each by its own count would weigh the tokens of a short micro-batch
-    more.
+    pass's, as in `update`: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], in
+    nats. num_tokens counts the kept tokens of the whole step, over all micro-batches and ranks, because their
+    gradients ADD: divided by its own count, a short micro-batch would weigh its tokens more.
     """
     mask = mask.bool()
 
@@ -139,8 +135,7 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
 
     hidden [N, D], lm_head_weight [V, D], targets [N], bias [V] or None -> log_probs [N] (differentiable) and
     entropy [N] (not), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with
-    their gradient: the largest tensors of the run by far. Here only one chunk of tokens has logits at a time,
-    and backward computes them again.
+    their gradient. Here only one chunk of tokens has logits at a time, and backward computes them again.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -161,9 +156,9 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u is a draw from pi.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. Given u the sampler is a
-    function: no generator state to save, share or restore. The sum is in float64 and u is scaled by its end:
-    in float32 a sum over 152 k entries ends short of 1, and a u beyond its end would be no token at all. NaN
-    logits give the last token and a NaN log-prob, for `update` to find.
+    function: no generator state to save or share. The sum is in float64 and u is scaled by its end: in
+    float32 a sum over 152 k entries ends short of 1, and a u beyond it would be no token at all. NaN logits
+    give the last token and a NaN log-prob, for `update` to find.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -173,9 +168,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     return tokens[:, 0], probs.gather(1, tokens)[:, 0].log(), torch.special.entr(probs).sum(1)
 
 # --- Settings: a line a flag; parsing and checks stand at the end -------------------------------------------
-
-def setting(default, text, low=None, high=10**9, choices=None):
-    """A field of Config. low and high are inclusive."""
+def setting(default, text, low=None, high=10**9, choices=None):  # low and high are inclusive
     return field(default=default, metadata=dict(text=text, low=low, high=high, choices=choices))
 
 @dataclass
@@ -206,7 +199,8 @@ class Config:
     micro_batch_tokens: int = setting(8192, "tokens in a forward pass of scoring and update", 1)
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
     shard: bool = setting(False, "FSDP2 instead of DDP: shard student, optimizer, teachers")
-    dtype: str = setting("auto", "auto: bfloat16 on a GPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = setting("bfloat16" if torch.cuda.is_available() else "float32", "of teachers and products",
+                         choices=("float32", "bfloat16"))
     output_dir: str = setting("", "new folder for metrics and checkpoints [runs/<time>]")
     resume: bool = setting(False, "continue the newest checkpoint in --output-dir")
     eval_every: int = setting(0, "steps between evaluations [0: before and after]", 0)
@@ -217,7 +211,6 @@ class Config:
     tiny: dict = setting(None, "(JSON only) how the tiny pair is made")
 
 # --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
-
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
 
@@ -230,32 +223,24 @@ def sum_over_ranks(table):
 
 STOP = threading.Event()  # set by SIGTERM and SIGINT
 
-def told_to_stop():
-    """Asked of all ranks together, so that they stop after the same step."""
-    return sum_over_ranks(torch.tensor(float(STOP.is_set()))) > 0
-
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
-
 class RolloutCache(DynamicCache):
     """Keys and values in the type of the values: under autocast rotary embeddings leave the keys in float32,
     the cache would follow them, and all of it be cast to bfloat16 again for every token."""
-
     def update(self, keys, values, *args, **kwargs):
         return super().update(keys.to(values.dtype), values, *args, **kwargs)
 
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature."""
-
     SEGMENT = 64  # tokens between two looks at which rows have ended
 
     def __init__(self, model, eos_ids, vocabulary, config):
         super().__init__()
         self.model, self.eos_ids, self.temperature = model, eos_ids, config.temperature
         # Embeddings are padded: the rows beyond the shared vocabulary, or at a gap in it, are no tokens.
-        self.vocab_size, self.gaps = max(vocabulary) + 1, None  # V
-        if len(vocabulary) < self.vocab_size:
-            self.gaps = torch.full((self.vocab_size,), -torch.inf, device=DEVICE)  # added to the logits
-            self.gaps[sorted(vocabulary)] = 0
+        self.vocab_size = max(vocabulary) + 1  # V
+        self.gaps = torch.full((self.vocab_size,), -torch.inf, device=DEVICE)  # [V] added to the logits
+        self.gaps[sorted(vocabulary)] = 0
         self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
 
     def forward(self, ids, response):
@@ -264,11 +249,12 @@ class Policy(nn.Module):
             # Padding is on the right, where the real tokens of a causal model cannot see it: no mask needed.
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, D]
             hidden = hidden[:, :-1][response[:, 1:]]  # [n, D]: position t - 1 predicts token t
-            head = self.model.get_output_embeddings()
-            biases = [b[:self.vocab_size] for b in (getattr(head, "bias", None), self.gaps) if b is not None]
+            head, bias = self.model.get_output_embeddings(), self.gaps
+            if getattr(head, "bias", None) is not None:
+                bias = bias + head.bias[:self.vocab_size]
             flat = token_log_probs_and_entropy(  # [n], [n]
                 hidden, head.weight[:self.vocab_size], ids[response], self.temperature,
-                128 if DEVICE == "cpu" else 1024, sum(biases) if biases else None)
+                chunk=128 if DEVICE == "cpu" else 1024, bias=bias)
         return [x.new_zeros(ids.shape).masked_scatter(response, x) for x in flat]
 
     @torch.no_grad()
@@ -296,23 +282,20 @@ class Policy(nn.Module):
                 logits = self.model(
                     input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True,
                     position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:],  # left padding
-                    logits_to_keep=1).logits[:, -1, :self.vocab_size]  # [n, V]
-                logits = logits if self.gaps is None else logits + self.gaps
+                    logits_to_keep=1).logits[:, -1, :self.vocab_size] + self.gaps  # [n, V]
                 drawn, log_pi, h = sample_tokens(logits, uniforms[rows, t], self.temperature)  # [n]
                 tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn, log_pi.float(), h.float()
                 ids, attention = drawn[:, None], torch.cat([attention, torch.ones_like(drawn)[:, None]], 1)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
-
 SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # what randomness is for
 
 def uniforms(seed, *key, rows=(0,), width):
     """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone.
 
-    Not of the rank that draws them, nor of the batch, nor of what was drawn before: so 1, 2 and 4 ranks are
-    the same run up to the rounding of floats, all arms of a comparison meet the same randomness, and a
-    resumed run has no generator to restore.
+    Not of the rank, the batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the
+    rounding of floats, all arms of a comparison meet the same randomness, and resuming restores no generator.
     """
     drawn = [np.random.default_rng((seed, *key, i)).random(width) for i in rows]
     return torch.from_numpy(np.array(drawn).reshape(len(rows), width))
@@ -353,12 +336,10 @@ class Rollouts:
     keep: torch.Tensor = None  # [B] bool
     weights: torch.Tensor = None  # [B, L], 0 if dropped
 
-    def lengths(self):
-        """Prompt + response tokens of each row, a list."""
+    def lengths(self):  # prompt + response tokens of each row
         return [len(prompt.ids) + n for prompt, n in zip(self.prompts, self.response.sum(1).tolist())]
 
-    def of_teacher(self, name):
-        """The rows that this teacher grades, a list."""
+    def of_teacher(self, name):  # the rows that it grades
         return [i for i, prompt in enumerate(self.prompts) if prompt.teacher == name]
 
     def batch(self, rows, *tables):
@@ -481,14 +462,14 @@ def micro_batches(rows, lengths, budget):
     return cuts[RANK::WORLD_SIZE]
 
 # --- The run ------------------------------------------------------------------------------------------------
-
 def train(config):
     """A whole run, or with --resume the rest of one. Told to stop, it saves after its step. -> finished?"""
     run = load(config)
     if not config.resume:
         evaluate(run)
     with progress(config.steps, "distil", run.step) as bar:
-        while run.step < config.steps and not told_to_stop():
+        # All ranks ask together, so that they stop after the same step.
+        while run.step < config.steps and not sum_over_ranks(torch.tensor(float(STOP.is_set()))):
             rollouts, metrics = train_step(run)
             run.step += 1
             report(run, bar, rollouts, metrics)
@@ -506,16 +487,13 @@ def train(config):
         summary(run)
     return run.step >= config.steps
 
-def due(run, every):
-    """Whether something is done after this step: after the last one, and before as often as wanted."""
+def due(run, every):  # after the last step, and before as often as wanted
     return run.step == run.config.steps or every and run.step % every == 0
 
 # === The method ends here. What follows is plumbing: controls, metrics, flags, prompts, models, files =======
 
 # --- Controls: what the filter and the weights have to beat -------------------------------------------------
-
-def random_scores(run, r):
-    """Scores [B] that drop as many trajectories as the teacher's would, at random."""
+def random_scores(run, r):  # [B], to drop as many trajectories as the teacher's scores would
     noise = uniforms(run.config.seed, FILTER, run.step, width=len(r.scores))[0]
     return noise.masked_fill(~r.scores.isfinite(), torch.nan)
 
@@ -533,13 +511,10 @@ def control_weights(run, r):
     return weights.masked_scatter(mask, weights.gather(1, order)[first])  # the same weights on other tokens
 
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
-
 def clock():
     if torch.cuda.is_initialized():  # kernels are only queued: wait for them
         torch.cuda.synchronize()
     return time.perf_counter()
-
-NUMBER = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])-?\.\d+"
 
 def is_correct(response, answer):
     """Whether the last \\boxed{...} is the answer; without one, the whole response or its last number."""
@@ -549,14 +524,12 @@ def is_correct(response, answer):
 
     if boxes := re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", response):
         return clean(boxes[-1]) == clean(answer)  # braces may nest three deep
-    numbers = re.findall(NUMBER, response)
+    number = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])-?\.\d+"
+    numbers = re.findall(number, response)
     return response.strip() == answer.strip() or bool(numbers) and clean(numbers[-1]) == clean(answer)
 
 def measure(run, r, groups):
-    """Figures of groups of rows, from the tables alone: the same on every rank.
-
-    groups: suffix -> rows [B] bool -> {figure + suffix: float}, NaN for a group without rows.
-    """
+    """groups {suffix: rows [B] bool} -> {figure + suffix: float}, NaN for a group without rows."""
     figures, log_ratio = {}, r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
     ended = (is_eos(r.ids, run.student.eos_ids) & r.response).any(1)  # [B]
     correct = torch.full(ended.shape, math.nan)  # [B] where an answer is known
@@ -577,12 +550,13 @@ def measure(run, r, groups):
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
 
-def active_parameters(policy):
-    """Parameters that work on a token: of a mixture of experts those of the chosen ones."""
+def forward_flops(policy, tokens):
+    """2 a parameter and token; of a mixture of experts only the chosen ones count, attention does not."""
     c = vars(policy.model.config.get_text_config())
     experts = c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts") or 1
-    share = c.get("num_experts_per_tok", 1) / experts if experts > 1 else 1
-    return sum(p.numel() * (share if ".experts." in name else 1) for name, p in policy.named_parameters())
+    share = c.get("num_experts_per_tok", 1) / experts
+    sizes = [p.numel() * (share if ".experts." in name else 1) for name, p in policy.named_parameters()]
+    return 2 * tokens * sum(sizes)
 
 def measure_step(run, r, times):
     """The figures of a training step: of all rows, the kept and the dropped, of weights and of speed."""
@@ -591,12 +565,11 @@ def measure_step(run, r, times):
     for name in run.teachers if len(run.teachers) > 1 else ():
         figures[f"keep_ratio/{name}"] = keep[r.of_teacher(name)].float().mean().item()
     weights, gpu = r.weights[r.response & keep[:, None]], torch.cuda.is_available()  # [n]
-    peak = math.nan  # of the GPU, in FLOP/s
-    for name in PEAK_FLOPS if gpu else ():
-        peak = PEAK_FLOPS[name] * WORLD_SIZE if name in torch.cuda.get_device_name() else peak
-    scoring = sum(2 * active_parameters(teacher) * lengths[r.of_teacher(name)].sum().item()
-                  for name, teacher in run.teachers.items())  # 2 a parameter and token, attention not counted
-    training = 6 * active_parameters(run.student) * lengths[keep].sum().item()
+    card = torch.cuda.get_device_name() if gpu else ""
+    peak = WORLD_SIZE * next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
+    scoring = sum(forward_flops(teacher, lengths[r.of_teacher(name)].sum().item())
+                  for name, teacher in run.teachers.items())
+    training = 3 * forward_flops(run.student, lengths[keep].sum().item())  # backward is twice the forward
     return figures | dict(
         keep_ratio=keep.float().mean().item(),
         filter_threshold=min(r.scores[keep].tolist(), default=math.nan),  # the lowest score that was kept
@@ -606,25 +579,20 @@ def measure_step(run, r, times):
         mfu_score=scoring / seconds[1] / peak, mfu_update=training / seconds[2] / peak,
         peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if gpu else math.nan)
 
-def evaluate(run):
-    """Sample the held-out prompts, always from the same uniforms, and log the figures, also of each group."""
+def evaluate(run):  # on the held-out prompts, always from the same uniforms
     if not run.eval_prompts:
         return
     r = rollout(run, run.eval_prompts, EVALUATE)
     score(run, r)
-    names = [prompt.group for prompt in r.prompts]
-    groups = {"": torch.ones(len(names), dtype=torch.bool)}
-    for group in sorted(set(names) - {""}):
-        groups[f"/{group}"] = torch.tensor([name == group for name in names])
-    figures = measure(run, r, groups)
+    names = sorted({"", *(prompt.group for prompt in r.prompts)})  # "" is all of them
+    figures = measure(run, r, {f"/{name}" if name else "": torch.tensor(
+        [not name or prompt.group == name for prompt in r.prompts]) for name in names})
     say(f"step {run.step}: evaluation: " + ", ".join(
         f"{name} {x:.3f}" for name, x in figures.items() if re.match("reverse_kl|exact_match", name)))
     log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
 
 # --- The screen and the log ---------------------------------------------------------------------------------
-
-def visible(text):
-    """Control characters spelled out: no prompt or rollout can move the terminal's cursor."""
+def visible(text):  # control characters spelled out: no rollout can move the terminal's cursor
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 def say(text):
@@ -632,36 +600,32 @@ def say(text):
         tqdm.write(visible(text))
         sys.stdout.flush()
 
-def note(text, follows=None):
-    """A line of the preflight report: ok, or a warning with what follows from it."""
+def note(text, follows=None):  # a line of the report at the start: ok, or a warning with what follows
     say(f"warning  {text}: {follows}" if follows else f"     ok  {text}")
 
-def progress(total, label, initial=0):
+def progress(steps, label, done=0):  # a bar over the steps that are left; on a terminal only
     hidden = RANK != 0 or not sys.stderr.isatty()
-    return tqdm(total=total, desc=label, initial=initial, disable=hidden, leave=False)
+    return tqdm(range(done, steps), label, steps, initial=done, disable=hidden, leave=False)
 
 def report(run, bar, r, metrics):
     """A line in the log and one on the screen, and at both ends of a run a kept and a dropped rollout."""
     log(run, metrics)
     run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
-    line = ("reverse_kl {reverse_kl:.3f}, kept {keep_ratio:.0%}, length {response_length:.0f}, "
-            "{tokens_per_second:.0f} tokens/s").format(**metrics)
+    line = "reverse_kl {reverse_kl:.3f}, length {response_length:.0f}, {tokens_per_second:.0f} tokens/s"
+    line = line.format(**metrics)
     bar.update()
     bar.set_postfix_str(line)
     if bar.disable and run.step % max(1, run.config.steps // 10) == 0:  # no terminal
         say(f"step {run.step}/{run.config.steps}: {line}")
-    if run.step not in (1, run.config.steps):
-        return
-    decode = run.tokenizer.decode
-    for i in r.keep.nonzero()[:1, 0].tolist() + (~r.keep).nonzero()[:1, 0].tolist():
+    examples = [*r.keep.nonzero()[:1, 0], *(~r.keep).nonzero()[:1, 0]]
+    for i in examples if run.step in (1, run.config.steps) else ():
+        decode, verdict = run.tokenizer.decode, "kept" if r.keep[i] else "DROPPED"
         tokens = [f"{decode(r.ids[i, t])}({r.teacher_log_probs[i, t]:.2f}, {r.weights[i, t]:.2f})"
                   for t in r.response[i].nonzero()[:200, 0]]
-        verdict = "kept" if r.keep[i] else "DROPPED"
         say(f"{verdict} in step {run.step}, score {r.scores[i]:.3f}, token(log pi_T, weight):\n"
             f"    {decode(r.prompts[i].ids)[-80:]!r} -> {' '.join(tokens)}")
 
-def summary(run):
-    """The first and the last value of what matters, read from the log, and the commands to type next."""
+def summary(run):  # the first and the last value of what matters, and the commands to type next
     folder, rows = run.config.output_dir, read_log(run.config.output_dir)
     say(f"\n{'':24}{'first':>12}{'last':>12}")
     for name in dict.fromkeys(name for row in rows for name in row):
@@ -670,21 +634,19 @@ def summary(run):
             say(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
     newest, command = checkpoints(folder)[-1], f"python {sys.argv[0]} --config {folder}/config.json"
     steps = run.config.steps * (1 if run.step < run.config.steps else 2)
-    say(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl, student in {newest}. "
-        f"Next:\n  go on     {command} --resume --steps {steps}\n"
+    say(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl. Next:\n"
+        f"  go on     {command} --resume --steps {steps}\n"
         f"  evaluate  {command} --steps 0 --student {newest}\n"
         f"  use       transformers.pipeline('text-generation', '{newest}')")
 
 def log(run, row):
-    """Append a line to metrics.jsonl. JSON has no NaN: null stands for a figure without a value."""
     if RANK == 0 and run.config.steps:
-        row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        row = {name: x if math.isfinite(x) else None for name, x in row.items()}  # JSON has no NaN
         path = os.path.join(run.config.output_dir, "metrics.jsonl")
         with explain(path, "make room and --resume"), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-def read_log(folder):
-    """-> the rows of a run's log, in the order of the run; those of evaluations have no loss."""
+def read_log(folder):  # -> rows in the order of the run; those of evaluations have no loss
     rows = []
     for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8"):
         with contextlib.suppress(ValueError):  # a full disk may have torn the last line
@@ -692,11 +654,8 @@ def read_log(folder):
     return rows
 
 # --- The command line ---------------------------------------------------------------------------------------
-
 SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
-# A resumed run may differ in these. The two batch sizes change the last bits of floats.
-MAY_DIFFER = ("output_dir", "steps", "eval_every", "save_every", "keep", "rollout_batch_size",
-              "micro_batch_tokens")
+MAY_DIFFER = "output_dir steps eval_every save_every keep rollout_batch_size micro_batch_tokens"  # on resume
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
@@ -706,7 +665,7 @@ def explain(what, advice):
     """Turns whatever a library raises on a user's file into one line: one mechanism, not a branch a case."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ours speak for themselves
@@ -718,36 +677,32 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
-    parser = Parser(description=__doc__[:__doc__.index("\n")], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     for name, f in SETTINGS.items():
-        text = f.metadata["text"] + (f" [{f.default}]" if f.type in (int, float) or f.default else "")
         kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(action="append")}
         kind = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
+        text = f.metadata["text"].replace("%", "%%") + f" [{f.default}]" * (f.default not in ("", ()))
         if f.type is not dict:
-            parser.add_argument("--" + name.replace("_", "-"), help=text.replace("%", "%%"), **kind)
+            parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **kind)
     flags, strange = parser.parse_known_args(argv)
-    flags, path, settings = vars(flags), getattr(flags, "config", ""), {}
-    if not path and not flags.keys() & {"teacher", "student", "prompts", "eval_prompts"}:
+    path, settings = getattr(flags, "config", ""), {}
+    if not path and not vars(flags).keys() & {"teacher", "student", "prompts", "eval_prompts"}:
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
     if path:
         with explain(f"config {path}", "it must be a JSON object of settings"), open(path, "rb") as file:
             settings = dict(json.load(file).items())
-            if isinstance(settings.get("teacher"), str):
-                settings["teacher"] = [settings["teacher"]]
+    if isinstance(settings.get("teacher"), str):
+        settings["teacher"] = [settings["teacher"]]
     for name in [*strange, *settings.keys() - SETTINGS.keys()]:
         near = difflib.get_close_matches(name.replace("-", "_"), SETTINGS, 1, cutoff=0)[0].replace("_", "-")
         raise UserError(f"command line, {path}: unknown setting {name[:80]!r}; the nearest is --{near}")
-    config = Config(**settings | flags)
+    config = Config(**settings | vars(flags))
     check(config)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir):
         config.resume = True  # torchrun --max-restarts has started us again
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if DEVICE == "cuda" else "float32"
     return config
 
-def check(config):
-    """Types, choices and bounds, wherever a setting came from, and what must go together."""
+def check(config):  # types, choices and bounds, wherever a setting came from, and what must go together
     for name, f in SETTINGS.items():
         value, low, high, choices = getattr(config, name), *map(f.metadata.get, ("low", "high", "choices"))
         fits = type(value) in ((int, float) if f.type is float else (f.type, type(f.default)))
@@ -760,39 +715,23 @@ def check(config):
     if missing and not config.tiny:
         raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % WORLD_SIZE:
-        raise UserError(f"batch_size {config.batch_size} must be a multiple of rollouts_per_prompt "
-                        f"({config.rollouts_per_prompt}) and of the number of ranks ({WORLD_SIZE})")
+        raise UserError(f"batch_size must be a multiple of rollouts_per_prompt and of the {WORLD_SIZE} ranks")
     if config.resume and not config.output_dir:
         raise UserError("command line: --resume needs --output-dir, the folder of the run to continue")
 
 # --- Prompts ------------------------------------------------------------------------------------------------
-
-def read_jsonl(path):
-    """(where, object) of each line that is not blank; every fault names its line."""
-    rows = []
-    with explain(path, "give a JSON Lines file; paths start at the current folder"), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with explain(f"{path} line {number}", "each line must be one JSON object in UTF-8"):
-                if text := line.decode("utf-8-sig").strip():
-                    row = dict(json.loads(text).items())
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                    rows.append((f"{path} line {number}", row))
-    return rows
-
-def text_of(content):
-    """The content of a message; of a list of parts, as other tools write it, the text of all of them."""
+def text_of(content):  # of a message; other tools write it as a list of parts
     if not isinstance(content, list):
         return content
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise ValueError(f"only content parts of type 'text' are supported, got {str(part)[:60]}")
+    if other := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
+        raise ValueError(f"only content parts of type 'text' are supported, got {str(other[0])[:60]}")
     return "".join(part["text"] for part in content)
 
 def tokenize(prompt, tokenizer, config, tools=None):
     """A string or a list of messages -> token ids, through the chat template if there is one and wanted."""
     if config.chat_template == "none" or not tokenizer.chat_template:
-        if isinstance(prompt, list):
-            raise ValueError("a list of messages needs a chat template")
+        if tools or isinstance(prompt, list):
+            raise ValueError("tools and lists of messages need a chat template")
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought one along
             ids = ids[1:]
@@ -806,8 +745,7 @@ def tokenize(prompt, tokenizer, config, tools=None):
     return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False,
                                          enable_thinking=config.enable_thinking)
 
-def parse_prompt(config, row, tokenizer, vocabulary, teachers):
-    """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
+def parse_prompt(config, row, tokenizer, vocabulary, teachers):  # a ValueError says what is wrong with it
     first = lambda *keys: next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
     content, answer = first("prompt", "problem", "messages"), first("answer", "ground_truth", "solution")
     teacher = first("teacher") or (teachers[0] if len(teachers) == 1 else None)
@@ -817,39 +755,41 @@ def parse_prompt(config, row, tokenizer, vocabulary, teachers):
         raise ValueError(f"'answer' must be a string or a number, got {str(answer)[:60]}")
     if teacher not in teachers:
         raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: give --teacher NAME=PATH")
-    ids = list(tokenize(content, tokenizer, config, row.get("tools")))
-    if not ids:
-        raise ValueError("the prompt has no tokens")
-    if strange := set(ids) - vocabulary:
-        raise ValueError(f"{tokenizer.convert_ids_to_tokens(min(strange))!r} is unknown to a model")
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+    ids = list(tokenize(content, tokenizer, config, tools))
+    if not ids or set(ids) - vocabulary:
+        strange = tokenizer.convert_ids_to_tokens(list(set(ids) - vocabulary))
+        raise ValueError(f"{strange} are unknown to a model" if strange else "the prompt has no tokens")
     return Prompt(ids, None if answer is None else str(answer), teacher, str(first("group") or ""))
 
-def load_prompts(config, path, rows, *about):
-    """-> the prompts of a file; those longer than max_prompt_tokens are dropped."""
+def load_prompts(config, path, *about):
+    """-> the prompts of a JSON Lines file, without those that are too long; a fault names its line."""
     prompts, longest = [], config.max_prompt_tokens
-    for where, row in rows:
-        with explain(where, "mend or remove this line (or mend the chat template)"):
-            prompts.append(parse_prompt(config, row, *about))
+    with explain(path, "give a JSON Lines file; paths start at the current folder"), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            with explain(f"{path} line {number}", "each line must be a JSON object in UTF-8, with a prompt"):
+                if text := line.decode("utf-8-sig").strip():
+                    row = dict(json.loads(text).items())
+                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                    prompts.append(parse_prompt(config, row, *about))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= longest]
     if len(kept) < WORLD_SIZE:
-        raise UserError(f"{path}: {len(prompts)} prompts, {len(kept)} of them of at most --max-prompt-tokens "
+        raise UserError(f"{path}: of {len(prompts)} prompts {len(kept)} have at most --max-prompt-tokens "
                         f"{longest}, for {WORLD_SIZE} ranks; add some or raise it")
     note(f"{path}: {len(kept)} prompts of at most {max(len(prompt.ids) for prompt in kept)} tokens",
          len(kept) < len(prompts) and f"{len(prompts) - len(kept)} longer than {longest} tokens are dropped")
     return kept
 
 # --- Models -------------------------------------------------------------------------------------------------
-
 Source = collections.namedtuple("Source", "name folder config tokenizer")  # a checkpoint before it is loaded
 
 def teacher_paths(config):
     """--teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}; a bare PATH is "teacher"."""
     named = {}
     for entry in config.teacher:
-        name, equals, path = entry.partition("=")
-        if not equals or "/" in name or os.path.exists(entry):
-            name, path = "teacher", entry
-        if name in (*named, "student") or not path:
+        match = re.fullmatch(r"([\w-]+)=(.+)", entry)
+        name, path = match.groups() if match else ("teacher", entry)
+        if name in (*named, "student"):
             raise UserError(f"command line: --teacher {entry!r}: give each teacher a NAME=PATH of its own")
         named[name] = path
     return named
@@ -859,20 +799,19 @@ def open_source(name, path):
     folder = path
     if not os.path.isdir(path):
         with explain(f"{name} {path}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
-            folder = huggingface_hub.snapshot_download(path, etag_timeout=5, ignore_patterns=[
-                "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
+            folder = huggingface_hub.snapshot_download(
+                path, etag_timeout=5, allow_patterns="*.safetensors *.json *.jinja *.model *.txt".split())
     with explain(f"{name} {path}", "give a complete checkpoint folder, tokenizer included"):
         if os.path.exists(os.path.join(folder, "adapter_config.json")):
             raise ValueError("this is a LoRA adapter: merge it into its base model")
-        options = dict(local_files_only=True, trust_remote_code=False)
-        config, tokenizer = (auto.from_pretrained(folder, **options) for auto in (AutoConfig, AutoTokenizer))
+        config, tokenizer = (auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+                             for auto in (AutoConfig, AutoTokenizer))
         for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
             if getattr(config.get_text_config(), key, None) not in (None, 1):
                 raise ValueError(f"its {key} is not supported: logits must be hidden @ W.T")
     return Source(name, folder, config, tokenizer)
 
-def check_positions(source, longest):
-    """Whether a model has positions for the longest prompt and response."""
+def check_positions(source, longest):  # of prompt and response
     c = source.config.get_text_config()
     limit, rope = getattr(c, "max_position_embeddings", None), getattr(c, "rope_parameters", None) or {}
     for r in [rope, *(r for r in rope.values() if isinstance(r, dict))]:  # of all layers, or by their types
@@ -888,20 +827,18 @@ def check_positions(source, longest):
 def shared_vocabulary(student, teachers):
     """The ids that are the same token to all models, compared one by one. The widths of the embeddings prove
     nothing: they are padded, differently from size to size, and one width can hold other tokens."""
-    ours = student.tokenizer.get_vocab()  # token -> id
+    ours, *others = ({i: token for token, i in source.tokenizer.get_vocab().items()}
+                     for source in (student, *teachers))
+    for teacher, theirs in zip(teachers, others):
+        wrong = sorted(i for i in ours if theirs.get(i, ours[i]) != ours[i])
+        if wrong or not ours.keys() & theirs:
+            raise UserError(f"teacher {teacher.name}: {len(wrong)} of the student's {len(ours)} tokens are "
+                            f"others to it: {[(i, ours[i], theirs[i]) for i in wrong[:2]]}; choose a pair "
+                            f"that shares a vocabulary")
     rows = min(source.config.get_text_config().vocab_size for source in (student, *teachers))
-    shared = {i for i in ours.values() if i < rows}  # some tokenizers know tokens that have no row
-    for teacher in teachers:
-        theirs = teacher.tokenizer.get_vocab()
-        ids = set(theirs.values())
-        wrong = sorted((i, t) for t, i in ours.items() - theirs.items() if t in theirs or i in ids)
-        if wrong or not shared & ids:
-            pairs = " and ".join(f"{t!r} (student {i}, teacher {theirs.get(t)})" for i, t in wrong[:2])
-            raise UserError(f"teacher {teacher.name}: {len(wrong)} of the student's {len(ours)} tokens do "
-                            f"not agree with its vocabulary, such as {pairs}; choose a pair that shares one")
-        shared &= ids
+    shared = {i for i in ours if i < rows and all(i in theirs for theirs in others)}
     note(f"vocabulary: {len(shared)} ids are sampled and graded", len(shared) < len(ours) and
-         f"the student's other {len(ours) - len(shared)} have no row or are unknown to a teacher")
+         f"the student's other {len(ours) - len(shared)} have no embedding or are unknown to a teacher")
     return shared
 
 def end_ids(model, tokenizer, config, vocabulary):
@@ -929,22 +866,21 @@ def load_model(source, dtype):
         if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
             raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
         if model.base_model is model or "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{type(model).__name__} has no inner model or no key/value cache: not supported")
-        if extra := sorted(info["unexpected_keys"]):
-            note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError as error:  # it could be read, but not be saved
-            note(what, f"its generation config is invalid and left out: {str(error)[:60]} ...")
-            model.generation_config = GenerationConfig()
+            raise ValueError(f"{type(model).__name__} has no inner model or key/value cache: not supported")
+    if extra := sorted(info["unexpected_keys"]):
+        note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:  # it could be read, but not be saved
+        note(what, f"its generation config is invalid and left out: {str(error)[:60]} ...")
+        model.generation_config = GenerationConfig()
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     for p in model.parameters():  # a vision tower gets no gradient from text: DDP would wait for it
         p.requires_grad_(source.name == "student" and id(p) in text)
     return model.eval()  # no dropout: the policy that is trained is the one that wrote
 
 def load_policy(source, config, vocabulary, mesh):
-    """A policy on the device: all of it, or on a mesh this rank's part. Ranks load in turns, so that the host
-    holds a large model once."""
+    """A policy on the device. Ranks load in turns, so that the host holds a large model once."""
     student, bf16 = source.name == "student", config.dtype == "bfloat16"
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: the student's are float32 always.
     dtype = torch.bfloat16 if bf16 and not student else torch.float32
@@ -952,7 +888,8 @@ def load_policy(source, config, vocabulary, mesh):
         if turn == RANK:
             model = load_model(source, dtype)
             policy = Policy(model, end_ids(model, source.tokenizer, config, vocabulary), vocabulary, config)
-            layers = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=count_parameters)
+            lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+            layers = max(lists, key=lambda m: len(list(m.parameters())))  # not, say, one layer's experts
             for layer in layers if student and config.gradient_checkpointing else ():
                 layer.forward = functools.partial(recomputed, layer.forward)
             if mesh:
@@ -961,13 +898,10 @@ def load_policy(source, config, vocabulary, mesh):
         sum_over_ranks(torch.zeros(1))
     return policy
 
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
-
-def recomputed(forward, *args, **kwargs):
-    """torch's checkpointing, where there are gradients; transformers' would need training mode."""
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else (
-        forward(*args, **kwargs))
+def recomputed(forward, *args, **kwargs):  # torch's checkpointing; transformers' would need training mode
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
 
 def shard(policy, layers, mesh, student, bf16):
     """FSDP2. Teachers are gathered layer by layer; the student stays whole from its first sampled token to
@@ -982,116 +916,107 @@ def shard(policy, layers, mesh, student, bf16):
 
 def load(config):
     """Everything a run needs, what is cheap first, reported line by line. -> Run"""
-    rows = [read_jsonl(path) if path else [] for path in (config.prompts, config.eval_prompts)]
     student = open_source("student", config.student)
     teachers = [open_source(name, path) for name, path in teacher_paths(config).items()]
     vocabulary = shared_vocabulary(student, teachers)
     about = student.tokenizer, vocabulary, [teacher.name for teacher in teachers]
-    prompts = load_prompts(config, config.prompts, rows[0], *about)
-    held_out = load_prompts(config, config.eval_prompts, rows[1], *about) if config.eval_prompts else []
-    note(f"first prompt, {len(prompts[0].ids)} tokens: {student.tokenizer.decode(prompts[0].ids)!r}")
-    if not held_out:
+    run = Run(config, student.tokenizer, load_prompts(config, config.prompts, *about),
+              load_prompts(config, config.eval_prompts, *about) if config.eval_prompts else [])
+    if not run.eval_prompts:
         note("no --eval-prompts", "nothing held out is evaluated")
-    longest = max(len(prompt.ids) for prompt in prompts + held_out) + config.max_new_tokens
+    note(f"first prompt: {run.tokenizer.decode(run.prompts[0].ids)!r}")
+    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
     for source in (student, *teachers):
         check_positions(source, longest)
     open_output(config)
-    run = Run(config, student.tokenizer, prompts, held_out)
     mesh = init_device_mesh(DEVICE, (WORLD_SIZE,)) if config.shard and WORLD_SIZE > 1 else None
     load_student(run, student, vocabulary, mesh)
-    for teacher in teachers:
-        load_teacher(run, teacher, vocabulary, mesh)
+    for source in teachers:
+        teacher = run.teachers[source.name] = load_policy(source, config, vocabulary, mesh)
+        ends = f"student {sorted(run.student.eos_ids)}, {source.name} {sorted(teacher.eos_ids)}"
+        note(f"end of sequence: {ends}", teacher.eos_ids != run.student.eos_ids and
+             "rollouts end at the student's; their length may drift")
+        if source.tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
+            note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
     self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
     report_memory(run, longest)
     return run
 
-def load_student(run, source, vocabulary, mesh):
-    """The student, of the start or of the newest checkpoint, wrapped for the update, and its optimizer."""
+def load_student(run, source, vocabulary, mesh):  # and its optimizer
     config = run.config
     if config.resume:
         source = source._replace(folder=checkpoints(config.output_dir)[-1])
     student = run.student = run.trained = load_policy(source, config, vocabulary, mesh)
-    if count_parameters(student) < 1e6:
+    if student.model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # two are slower for so small a model
     if not student.eos_ids:
         note("the student has no end of sequence", "every response will be --max-new-tokens long")
     student.model.generation_config.eos_token_id = sorted(student.eos_ids) or None  # it is saved with it
     if WORLD_SIZE > 1 and not mesh:
         run.trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    run.optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.999),
-        weight_decay=config.weight_decay, fused=True)
+    run.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], config.lr,
+                                      betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
     if config.resume:
         resume(run, source.folder)
 
-def load_teacher(run, source, vocabulary, mesh):
-    """A teacher, and in what it differs from the student."""
-    teacher = run.teachers[source.name] = load_policy(source, run.config, vocabulary, mesh)
-    note(f"end of sequence: student {sorted(run.student.eos_ids)}, {source.name} {sorted(teacher.eos_ids)}",
-         teacher.eos_ids != run.student.eos_ids and "rollouts end at the student's; their length may drift")
-    if source.tokenizer.chat_template != run.tokenizer.chat_template and run.config.chat_template == "auto":
-        note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
-
 @torch.no_grad()
 def self_test(run):
-    """Scoring must find what sampling found, by transformers' own forward and with a cache: no model passes
-    that scales its logits after the head, or is given wrong positions or a wrong mask."""
+    """Scoring must find what sampling found by transformers' own forward, with a cache and a padded row: no
+    model passes that scales or caps its logits, or is given wrong positions or a wrong mask."""
     config, ordered = run.config, sorted(run.prompts, key=lambda prompt: len(prompt.ids))
-    prompts = [ordered[0], ordered[-1]]  # of two lengths: one is padded, as in real rollouts
+    prompts = [ordered[0], ordered[-1]]
     drawn = uniforms(config.seed, EVALUATE, rows=range(2), width=min(16, config.max_new_tokens))
-    limit = (1e-3 if config.dtype == "float32" else 0.2) / min(1, config.temperature)  # for rounding
+    limit = (1e-4 if config.dtype == "float32" else 0.2) / min(1, config.temperature)  # for rounding
     for name, policy in {"student": run.student, **run.teachers}.items():
-        r = lay_out(prompts, policy.eos_ids, *policy.sample([prompt.ids for prompt in prompts], drawn))
-        scored = policy(*r.batch([0, 1], r.ids, r.response))[0].cpu()  # [2, L]
-        gap = (scored - r.log_probs)[r.response].abs().mean().item()
-        found = f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart"
-        if not gap < limit:
-            raise UserError(found + ("; does it scale or cap its logits? That is not supported"
-                                     if math.isfinite(gap) else "; look for NaN in its weights"))
-        note(found)
+        with explain(f"self-test of {name}", "such a model is not supported"):
+            r = lay_out(prompts, policy.eos_ids, *policy.sample([prompt.ids for prompt in prompts], drawn))
+            scored = policy(*r.batch([0, 1], r.ids, r.response))[0].cpu()  # [2, L]
+            gap = (scored - r.log_probs)[r.response].abs().mean().item()
+            found = f"log-probs of scoring and sampling are {gap:.1e} apart"
+            if not gap < limit:
+                cause = "it scales or caps its logits, or sees padding" if gap > 0 else "NaN in its weights?"
+                raise ValueError(f"{found}: {cause}")
+        note(f"self-test of {name}: {found}")
 
 def report_memory(run, longest):
     """What a rank needs at its peak, term by term as in the README, against what it has."""
-    config, c, size = run.config, run.student.model.config.get_text_config(), count_parameters(run.student)
+    config, model = run.config, run.student.model
+    c, size = model.config.get_text_config(), model.num_parameters()
     shards, bf16 = WORLD_SIZE if config.shard else 1, config.dtype == "bfloat16"
-    # float32 weights and two moments, and a gathered copy, or the casts that autocast keeps
-    student = size * (12 / shards + (2 if bf16 else 4 * (shards > 1)))
-    teachers = sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards
-    rows, layers = min(config.rollout_batch_size, -(-config.batch_size // WORLD_SIZE)), c.num_hidden_layers
+    rows = min(config.rollout_batch_size, -(-config.batch_size // WORLD_SIZE))
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = 2 * layers * heads * head_dim * (2 if bf16 else 4) * rows * longest
-    saved = 4 * c.hidden_size if config.gradient_checkpointing else 65 * c.hidden_size  # a token and layer
-    update = size * 4 / shards + layers * saved * max(config.micro_batch_tokens, longest)
+    saved = (4 if config.gradient_checkpointing else 65) * c.hidden_size  # bytes a token and layer
+    terms = dict(  # of the student: weights, two moments, and a gathered copy or the casts of autocast
+        student=size * (12 / shards + (2 if bf16 else 4 * (shards > 1))),
+        teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
+        rollout=2 * c.num_hidden_layers * heads * head_dim * (2 if bf16 else 4) * rows * longest,
+        update=4 * size / shards + saved * c.num_hidden_layers * max(config.micro_batch_tokens, longest))
+    need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
     there = torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
-    need = student + teachers + max(cache, update)
-    gb = "a rank needs {:.2f} of {:.1f} GB: student {:.2f}, teachers {:.2f}, rollout {:.2f}, update {:.2f}"
-    note(gb.format(*(x / 2 ** 30 for x in (need, there, student, teachers, cache, update))),
+    listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
+    note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",
          need > there and "this will not fit; the README says what to lower")
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
-
 def open_output(config):
-    """Make the output folder, or check that the run in it is this one: another is never overwritten. A run
-    that ended before its first checkpoint starts anew."""
+    """Make the output folder, or check that its run is this one. One without a checkpoint starts anew."""
     if RANK == 0 and config.steps:
         folder, path = config.output_dir, os.path.join(config.output_dir, "config.json")
         now = {name: x for name, x in vars(config).items() if name not in ("config", "resume", "tiny")}
         with explain(f"output folder {folder}", "choose another --output-dir"):
-            os.makedirs(folder, exist_ok=True)
             folder.encode()  # names that are not UTF-8 break the saving of tokenizers
             before = dict(json.load(open(path, encoding="utf-8"))) if os.path.exists(path) else now
             changed = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
-                       if name not in MAY_DIFFER and before.get(name) != now[name]]
+                       if name not in MAY_DIFFER.split() and before.get(name) != now[name]]
             if changed:
-                raise ValueError(f"its run has other settings: {'; '.join(changed)}; only "
-                                 f"{', '.join(MAY_DIFFER)} may differ")
-            if config.resume and not checkpoints(folder):
-                raise ValueError("--resume, but no complete checkpoint in it; start without --resume")
-            if checkpoints(folder) and not config.resume:
-                raise ValueError("it holds a run already; continue it with --resume")
+                raise ValueError(f"other settings: {'; '.join(changed)}; only {MAY_DIFFER} may differ")
+            if config.resume != bool(checkpoints(folder)):
+                raise ValueError("no complete checkpoint in it; start without --resume" if config.resume else
+                                 "it holds a run already; continue it with --resume")
             if not config.resume:
+                os.makedirs(folder, exist_ok=True)
                 with open(path, "w", encoding="utf-8") as file:
                     json.dump(now, file, indent=1)
                 open(os.path.join(folder, "metrics.jsonl"), "w").close()
@@ -1100,40 +1025,31 @@ def open_output(config):
 @contextlib.contextmanager
 def complete_folder(folder):
     """A folder that gets its name when all of it is on the disk: no kill at any moment leaves half of one."""
-    temporary = folder + ".partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    os.makedirs(temporary)
-    yield temporary
-    for path in glob.glob(os.path.join(glob.escape(temporary), "**"), recursive=True):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    os.rename(temporary, folder)
+    shutil.rmtree(folder + ".partial", ignore_errors=True)
+    os.makedirs(folder + ".partial")
+    yield folder + ".partial"
+    os.sync()
+    os.rename(folder + ".partial", folder)
 
-def checkpoints(folder):
-    """Complete checkpoints, oldest first: only a complete one ever gets its name."""
+def checkpoints(folder):  # oldest first; only a complete one ever gets its name
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if re.fullmatch(r"checkpoint-\d{6}", name)]
 
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of plain, DDP and sharded models alike
 
 def save_checkpoint(run):
-    """The student as an ordinary checkpoint folder, its optimizer in it, the step in its name.
-
-    There is no random state in it and no data position: both are functions of the seed and the step.
-    """
+    """The student as an ordinary checkpoint folder, its optimizer in it, the step in its name. Random state
+    and data position are functions of the seed and the step."""
     model, folder = run.student.model, os.path.join(run.config.output_dir, f"checkpoint-{run.step:06d}")
-    weights = get_model_state_dict(run.trained, options=STATE)  # collective: rank 0 gets the shards of all
-    moments = {}  # before its first update; asking for them then would make some that have counted a step
-    if run.optimizer.state:
+    weights = get_model_state_dict(model, options=STATE)  # collective: rank 0 gets the shards of all
+    moments = {}
+    if run.optimizer.state:  # else asking for it would make some, of a step that never was
         moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if RANK == 0 and not os.path.exists(folder):
         with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"), \
                 complete_folder(folder) as temporary:
-            # Under the model's own names, and once: a tied head is saved as the embedding that it is.
-            names = {f"model.{name}": name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-            model.save_pretrained(temporary, state_dict={
-                names[name]: value for name, value in weights.items() if name in names})
+            once = dict([*model.named_parameters(), *model.named_buffers()])  # a tied head is not named again
+            model.save_pretrained(temporary, state_dict={n: w for n, w in weights.items() if n in once})
             run.tokenizer.save_pretrained(temporary)
             torch.save(moments, os.path.join(temporary, "optimizer.pt"))  # no *.safetensors: not weights
         for old in checkpoints(run.config.output_dir)[:-run.config.keep]:
@@ -1156,9 +1072,7 @@ def resume(run, folder):
     sum_over_ranks(torch.zeros(1))
 
 # --- The tiny pair: a teacher and a student made in seconds -------------------------------------------------
-
-def tiny_tokenizer():
-    """One token a character."""
+def tiny_tokenizer():  # one token a character
     vocab = {token: i for i, token in enumerate([*"0123456789+,=", "<pad>", "<eos>", "<unk>"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
@@ -1167,8 +1081,7 @@ def tiny_tokenizer():
                                    unk_token="<unk>")
 
 def tiny_rows(rng, count, digits, mixture):
-    """count prompts of a mixture of domains {domain: share}. "+" asks for the running sum mod 10 of some
-    digits, "," for their running maximum; in both an early slip poisons what follows."""
+    """The running sum mod 10 ("+") or maximum (",") of digits: an early slip poisons what follows."""
     for domain in rng.choice(list(mixture), count, p=list(mixture.values())).tolist():
         numbers = rng.integers(0, 10, digits)
         answer = np.cumsum(numbers) % 10 if domain == "+" else np.maximum.accumulate(numbers)
@@ -1179,14 +1092,11 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):
     """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
     torch.manual_seed(seed)
     rng, tokenizer = np.random.default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
-    heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, intermediate_size=3 * hidden, num_key_value_heads=heads,
-        head_dim=hidden // heads, **shape))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=tiny["pretrain_lr"], weight_decay=0.0, fused=True)
-    bar = progress(tiny["pretrain_steps"], name)
-    for step in range(tiny["pretrain_steps"]):
+        pad_token_id=tokenizer.pad_token_id, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
+    for step in progress(tiny["pretrain_steps"], name):
         rows = tiny_rows(rng, 128, tiny["digits"], dict.fromkeys(domains, 1 / len(domains)))
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
@@ -1197,58 +1107,46 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):
         optimizer.step()
         optimizer.zero_grad()
         smooth = 0.8 * smooth + 0.2 * loss.item() if step else loss.item()
-        bar.update()
         if smooth < target_loss:
             break
-    bar.close()
-    note(f"{name}: {count_parameters(model):,} parameters, loss {smooth:.3f} after {step + 1} steps",
+    note(f"{name}: {model.num_parameters():,} parameters, loss {smooth:.3f} after {step + 1} steps",
          smooth >= target_loss and f"it was to reach {target_loss}: it has not learned; try another seed")
     return model
 
 def make_tiny(config):
-    """Train the tiny pair, once for an output folder, and write it and its prompts as ordinary files.
-
-    -> config with teacher, student, prompts and eval_prompts filled in: from there on, a run like any other.
-    """
-    made_of = json.dumps([config.seed, config.tiny, config.task])
-    root = os.path.join(config.output_dir, "tiny-" + hashlib.sha256(made_of.encode()).hexdigest()[:8])
-    path = functools.partial(os.path.join, root)
+    """Train the tiny pair, once for an output folder, and write it and its prompts as ordinary files. -> the
+    config that names them: from there on, a run like any other."""
+    path = functools.partial(os.path.join, config.output_dir, "tiny")
     torch.set_num_threads(1)  # on all ranks: two are slower for so small a pair
     with explain(f"task {config.task!r}", f"mend tiny in {config.config}, or choose another --output-dir"):
         tiny = config.tiny | config.tiny["tasks"][config.task]  # a task's own student wins
-        if RANK == 0 and not os.path.exists(root):
-            with complete_folder(root) as temporary:
-                write_tiny(temporary, tiny, config.seed)
+        if RANK == 0 and not os.path.exists(path()):
+            with complete_folder(path()) as folder:
+                write_tiny(folder, tiny, config.seed)
     sum_over_ranks(torch.zeros(1))
     return dataclasses.replace(
-        config, tiny=None, teacher=[f"{name}={path(name)}" for name in tiny["teachers"]],
+        config, tiny=None, teacher=[f"{name}={path(name)}" for name in tiny["models"] if name != "student"],
         student=path("student"), prompts=path("prompts.jsonl"), eval_prompts=path("eval_prompts.jsonl"))
 
 def write_tiny(folder, tiny, seed):
-    """The models and prompts of a task: teachers {name: its domain}, mixture {domain: share of prompts}."""
-    teachers, mixture = tiny["teachers"], tiny["mixture"]
-    for name, domains in {"student": "".join(mixture), **teachers}.items():
+    for name, domains in tiny["models"].items():  # each is trained on its domains
         kind = name if name == "student" else "teacher"
-        model = pretrain(name, tiny[kind], list(domains), tiny[kind + "_loss"], tiny, seed)
+        model = pretrain(name, tiny[kind], domains, tiny[kind + "_loss"], tiny, seed)
         model.save_pretrained(os.path.join(folder, name))
         tiny_tokenizer().save_pretrained(os.path.join(folder, name))
-    rng, grades = np.random.default_rng((seed, ORDER)), {domain: name for name, domain in teachers.items()}
+    rng, mixture = np.random.default_rng((seed, ORDER)), tiny["mixture"]  # {domain: share}
     even = dict.fromkeys(mixture, 1 / len(mixture))
     for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
         with open(os.path.join(folder, name + ".jsonl"), "w", encoding="utf-8") as file:
             for row in tiny_rows(rng, count, tiny["digits"], shares):
-                row["teacher"] = grades.get(row["group"], next(iter(teachers)))
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"teacher": tiny["graded_by"][row["group"]]}) + "\n")
 
 # --- The command --------------------------------------------------------------------------------------------
-
 def on_signal(number, frame):
-    """The run stops after its step; a second signal ends it at once."""
-    STOP.set()
-    signal.signal(number, signal.SIG_DFL)
+    STOP.set()  # the run stops after its step
+    signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
 
 def set_up(config):
-    """Join the other ranks, take the signals, quieten the libraries."""
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1265,13 +1163,13 @@ def set_up(config):
         now = sum_over_ranks(torch.tensor(0.0 if RANK else time.time(), dtype=torch.float64)).item()
         config.output_dir = time.strftime("runs/%Y%m%d-%H%M%S", time.localtime(now))
 
-def fail(message, details):
+def fail(message):
     """One line on what is wrong; under torchrun also where its report looks for the root cause."""
     message = visible(" ".join(message.split())[:900])
     if RANK:  # if the fault is everybody's, rank 0 says so and torchrun ends the others meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(2)
-    print(f"{details}error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}, file)
@@ -1285,13 +1183,13 @@ def main(argv=None):
         status = 0 if train(make_tiny(config) if config.tiny else config) else 130
         sum_over_ranks(torch.zeros(1))
     except UserError as error:
-        fail(str(error), traceback.format_exc() if sys.flags.dev_mode else "")
+        fail(str(error))
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; lower --rollout-batch-size (rollout) or --micro-batch-tokens (scoring, "
-             "update), or add --gradient-checkpointing or --shard", "")
+        fail("out of GPU memory; see the README for what to lower, such as --micro-batch-tokens")
     except Exception as error:
         status = 1
-        fail(f"{type(error).__name__}: {error}; complete checkpoints are intact", traceback.format_exc())
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}; complete checkpoints are intact")
     if WORLD_SIZE > 1:  # an orderly exit would wait for the other ranks, and Gloo's teardown may abort
         sys.stdout.flush()
         os._exit(status)

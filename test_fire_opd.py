@@ -721,7 +721,7 @@ def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
 
     def read(rows):
         path = write_rows(tmp_path / "p.jsonl", rows)
-        return f.load_prompts(config, path, f.read_jsonl(path), tokenizer, set(range(16)), ["t"])
+        return f.load_prompts(config, path, tokenizer, set(range(16)), ["t"])
 
     a, b = read([{"prompt": "1+"}, {"problem": "2+", "answer": 0, "group": "g"}, {"prompt": "1" * 30}])
     assert (a.ids, b.ids, b.answer, b.group, b.teacher) == ([1, 10], [2, 10], "0", "g", "t")
@@ -743,7 +743,7 @@ def test_prompts_are_strings_or_messages_and_go_through_the_template(tmp_path):
 
 def test_a_byte_order_mark_is_no_text_and_special_tokens_are_not_doubled(tmp_path):
     (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "1"}\n')
-    assert f.read_jsonl(str(tmp_path / "bom.jsonl"))[0][1] == {"prompt": "1"}
+    assert f.load_prompts(f.Config(), str(tmp_path / "bom.jsonl"), f.tiny_tokenizer(), {1}, ["t"])[0].ids == [1]
 
     class Closing:  # a tokenizer that opens and closes every text
         chat_template, bos_token_id, eos_token_id, eos_token = None, 1, 2, "</s>"
@@ -817,7 +817,7 @@ def test_a_model_that_caps_its_logits_fails_the_self_test(pair, tmp_path, monkey
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", capped)
     with pytest.raises(SystemExit):
         f.main(flags(pair, tmp_path / "out"))
-    assert "cap its logits" in capsys.readouterr().err
+    assert "caps its logits" in capsys.readouterr().err
     monkeypatch.setattr(Qwen3Config, "logit_scale", 0.5, raising=False)  # and one that says so is not even tried
     with pytest.raises(SystemExit):
         f.main(flags(pair, tmp_path / "out2"))
@@ -869,8 +869,8 @@ def bad_inputs(pair, root):
     (root / "saved" / "checkpoint-000001").mkdir(parents=True)
 
     def tiny(**changes):
-        regime = dict(teachers={"a": "+"}, mixture={"+": 1.0}, student_loss=9.0)
-        base = dict(digits=3, pretrain_lr=1e-3, pretrain_steps=1, teacher_loss=9.0, tasks={"foreign": regime | changes},
+        task = dict(models={"student": "+", "a": "+"}, mixture={"+": 1.0}, graded_by={"+": "a"}, student_loss=9.0)
+        base = dict(digits=3, pretrain_lr=1e-3, pretrain_steps=1, teacher_loss=9.0, tasks={"foreign": task | changes},
                     **{k: dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2) for k in ("teacher", "student")})
         return ["--output-dir", new(), "--config", config(json.dumps({"tiny": base}))[1]]
     (root / "afile").write_text("x")
@@ -926,7 +926,7 @@ def bad_inputs(pair, root):
         ("student missing", run(student=root / "nowhere"), "no such folder"), ("student a file", run(student=root / "afile"), "no such folder"),
         ("student empty", run(student=root / "empty"), "tokenizer"), ("teacher missing", run(teacher="./nowhere"), "teacher"),
         ("teacher twice", run(teacher=[f"a={pair / 'teacher'}", f"a={pair / 'other'}"]), "NAME=PATH"),
-        ("teacher without path", run(teacher="a="), "NAME=PATH"), ("rows name no teacher", run(teacher=[f"a={pair / 'teacher'}", f"b={pair / 'other'}"]), "line 1"),
+        ("teacher without path", run(teacher="a="), "no such folder"), ("rows name no teacher", run(teacher=[f"a={pair / 'teacher'}", f"b={pair / 'other'}"]), "line 1"),
         ("beyond the positions", student(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace('"max_position_embeddings": 32768', '"max_position_embeddings": 16'))), "positions end at 16"),
         ("weights truncated", student(cut("model.safetensors")), "safetensors"), ("weights empty", student(cut("model.safetensors", 0)), "safetensors"),
         ("weights missing", student(lambda d: (d / "model.safetensors").unlink()), "safetensors"), ("weights of nothing", student(renamed), "missing"),
