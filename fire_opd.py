@@ -564,8 +564,8 @@ def measure_step(run, r, times):
     figures = measure(run, r, {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep})
     for name in run.teachers if len(run.teachers) > 1 else ():
         figures[f"keep_ratio/{name}"] = keep[r.of_teacher(name)].float().mean().item()
-    weights, gpu = r.weights[r.response & keep[:, None]], torch.cuda.is_available()  # [n]
-    card = torch.cuda.get_device_name() if gpu else ""
+    weights = r.weights[r.response & keep[:, None]]  # [n]
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
     peak = WORLD_SIZE * next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
     scoring = sum(forward_flops(teacher, lengths[r.of_teacher(name)].sum().item())
                   for name, teacher in run.teachers.items())
@@ -577,7 +577,7 @@ def measure_step(run, r, times):
         seconds_rollout=seconds[0], seconds_score=seconds[1], seconds_update=seconds[2],
         tokens_per_second=int(r.response.sum()) / seconds.sum(),
         mfu_score=scoring / seconds[1] / peak, mfu_update=training / seconds[2] / peak,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if gpu else math.nan)
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if card else math.nan)
 
 def evaluate(run):  # on the held-out prompts, always from the same uniforms
     if not run.eval_prompts:

@@ -5,7 +5,7 @@ All run offline on a CPU in about two minutes; formulas are compared with exampl
 float64 loops, with enumeration and with finite differences.
 """
 
-import copy, functools, itertools, json, math, os, re, shutil, signal, subprocess, sys, time
+import copy, functools, itertools, json, math, multiprocessing, os, re, shutil, signal, socket, subprocess, sys, time
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
@@ -360,6 +360,10 @@ def same_metrics(a, b, **tolerance):
 
 def weights_of(folder):
     return load_file(os.path.join(f.checkpoints(folder)[-1], "model.safetensors"))
+
+
+def moments_of(folder):
+    return torch.load(os.path.join(f.checkpoints(folder)[-1], "optimizer.pt"), weights_only=True)["state"]
 
 
 def scored_step(run):
@@ -998,7 +1002,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pair, tmp_path, setti
         file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # what a kill after the checkpoint would leave
     f.main(flags(pair, tmp_path / "cut", steps=5, resume=True, **settings))
     same_metrics(log_of(tmp_path / "whole"), [r for r in log_of(tmp_path / "cut")], rel=0, abs=0)
-    whole, cut = (torch.load(os.path.join(f.checkpoints(tmp_path / n)[-1], "optimizer.pt"), weights_only=True)["state"] for n in ("whole", "cut"))
+    whole, cut = moments_of(tmp_path / "whole"), moments_of(tmp_path / "cut")
     assert whole.keys() == cut.keys() and all(torch.equal(whole[n][k], cut[n][k]) for n in whole for k in whole[n])
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
@@ -1064,40 +1068,48 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint_alone(pair, tmp_
     assert [os.path.basename(c) for c in f.checkpoints(tmp_path / "out")] == ["checkpoint-000002", "checkpoint-000003"]
 
 
-def spawn(argv, ranks=1, port=29500, **environment):
-    command = [sys.executable] + (["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)] if ranks > 1 else [])
-    return subprocess.Popen(command + [FILE, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+def child(argv, log, rank, ranks, port):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    f.RANK, f.WORLD_SIZE, f.DEVICE = rank, ranks, "cpu"
+    f.main(argv)
 
 
-def finish(process, seconds=120):
-    try:
-        out, error = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"no end after {seconds} s: {process.communicate()}")
-    return process.returncode, out, error
+def start(argv, log, ranks=1):
+    """Runs as processes of their own: forks, since importing torch again would take longer than most runs here."""
+    fork, port = multiprocessing.get_context("fork"), socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    processes = [fork.Process(target=child, args=(argv, log, rank, ranks, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes, log):
+    for process in processes:
+        process.join(120)
+    return {process.exitcode for process in processes}, open(log).read()
 
 
 def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
     """SIGTERM saves and leaves, SIGKILL leaves complete checkpoints, both resume to the same bits."""
     settings = dict(steps=60, save_every=3, batch_size=4, max_new_tokens=6)
     f.main(flags(pair, tmp_path / "whole", **settings))
-    argv = flags(pair, tmp_path / "cut", **settings)
-    process = spawn(argv)
-    while not (tmp_path / "cut" / "metrics.jsonl").exists() or len(open(tmp_path / "cut" / "metrics.jsonl").readlines()) < 4:
-        assert process.poll() is None, finish(process)
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    code, out, error = finish(process)
-    assert code == 130 and "go on " in out and error == ""
-    process = spawn(argv + ["--resume"])
-    deadline = time.time() + 60
-    start = f.checkpoints(tmp_path / "cut")[-1]
-    while f.checkpoints(tmp_path / "cut")[-1] == start and time.time() < deadline:
+    argv, log, deadline = flags(pair, tmp_path / "cut", **settings), tmp_path / "log", time.time() + 60
+    run = start(argv, log)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    while (not metrics.exists() or len(open(metrics).readlines()) < 4) and time.time() < deadline:
         time.sleep(0.002)
-    process.kill()
-    finish(process)
+    run[0].terminate()
+    code, out = end(run, log)
+    assert code == {130} and "go on " in out and "error" not in out
+    first = f.checkpoints(tmp_path / "cut")[-1]
+    run = start(argv + ["--resume"], log)
+    while f.checkpoints(tmp_path / "cut")[-1] == first and time.time() < deadline:
+        time.sleep(0.002)
+    run[0].kill()
+    assert end(run, log)[0] == {-signal.SIGKILL}
     f.main(argv + ["--resume"])
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
     assert all(torch.equal(whole[n], cut[n]) for n in whole)
@@ -1107,28 +1119,32 @@ def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
 # --- Ranks --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ranks,settings", [
-    (2, dict(batch_size=12, max_new_tokens=12, seed=1)),
+    (2, dict(batch_size=12, max_new_tokens=12)),
     (3, dict(batch_size=6, filter_percentile=90)),  # one trajectory kept: two ranks have nothing to train on
     (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40, max_new_tokens=80,
              rollout_batch_size=4))])  # responses longer than a segment, and 2 against 1 batches in the evaluation
 def test_two_and_three_ranks_are_the_same_run(pair, tmp_path, ranks, settings):
     settings |= dict(teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"], prompts=pair / "routed.jsonl",
-                     eval_prompts=pair / "routed.jsonl", steps=3, save_every=2)
+                     eval_prompts=pair / "routed.jsonl", steps=3, save_every=2,
+                     lr=1e-3)  # of a first gradient that is all rounding (2e-8, with an epsilon of 1e-8) AdamW makes up to lr
     f.main(flags(pair, tmp_path / "one", **settings))
-    port = 29500 + os.getpid() % 5000 + 10 * ranks
-    code, out, error = finish(spawn(flags(pair, tmp_path / "many", **settings), ranks, port))
-    assert code == 0, error
+    code, out = end(start(flags(pair, tmp_path / "many", **settings), tmp_path / "log", ranks), tmp_path / "log")
+    assert code == {0}, out
     assert out.count("step 3: evaluation") == 1  # rank 0 alone prints
     same_metrics(log_of(tmp_path / "one"), log_of(tmp_path / "many"), rel=1e-3, abs=1e-4)
     one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
     assert one.keys() == many.keys()
+    moments = [moments_of(tmp_path / run) for run in ("one", "many")]
     for name in one:
+        a, b = (state["model." + name] for state in moments)
+        torch.testing.assert_close(a["exp_avg"], b["exp_avg"], rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(one[name], many[name], rtol=1e-3, atol=1e-4)
     # a resumed run on the same ranks is the same run; and what many ranks have saved, one rank can resume
     shutil.copytree(tmp_path / "many", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoint-000003")
-    code, out, error = finish(spawn(flags(pair, tmp_path / "cut", **settings, resume=True), ranks, port + 7))
-    assert code == 0, error
+    argv = flags(pair, tmp_path / "cut", **settings, resume=True)
+    code, out = end(start(argv, tmp_path / "log2", ranks), tmp_path / "log2")
+    assert code == {0}, out
     cut = weights_of(tmp_path / "cut")
     assert all(torch.equal(many[name], cut[name]) for name in many)
     f.main(flags(pair, tmp_path / "many", **settings | dict(steps=4, resume=True)))
@@ -1138,15 +1154,16 @@ def test_two_and_three_ranks_are_the_same_run(pair, tmp_path, ranks, settings):
 def test_a_sharded_student_in_bf16_keeps_its_uniforms_in_float64(pair, tmp_path):
     """FSDP2 would cast them with the other inputs; `sample` asserts that it does not."""
     argv = flags(pair, tmp_path / "out", steps=1, shard=True, dtype="bfloat16")
-    code, out, error = finish(spawn(argv, 2, 29300 + os.getpid() % 5000))
-    assert code == 0 and math.isfinite(log_of(tmp_path / "out")[0]["loss"]), error
+    code, out = end(start(argv, tmp_path / "log", 2), tmp_path / "log")
+    assert code == {0} and math.isfinite(log_of(tmp_path / "out")[0]["loss"]), out
 
 
-def test_an_error_ends_all_ranks_with_one_line(pair, tmp_path):
-    started = time.time()
-    code, out, error = finish(spawn(flags(pair, tmp_path / "out", batch_size=5), 2, 29400 + os.getpid() % 5000))
-    assert code == 1 and "multiple of rollouts_per_prompt" in error and "Root Cause" in error
-    assert error.count("error: batch_size") == 1 and time.time() - started < 60
+def test_an_error_under_torchrun_ends_all_ranks_with_one_line(pair, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29400 + os.getpid() % 5000), FILE,
+         *flags(pair, tmp_path / "out", batch_size=5)], capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1 and "multiple of rollouts_per_prompt" in done.stderr and "Root Cause" in done.stderr
+    assert done.stderr.count("error: batch_size") == 1
 
 
 # --- The README ---------------------------------------------------------------------------------------------
@@ -1192,20 +1209,25 @@ def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
     assert fire["eval/exact_match/,"] > 0.6 > 0.1 > opd["eval/exact_match/,"]  # and keeps what it does not, unlike OPD
 
 
-def test_the_readmes_comparison_runs_as_printed(pair, tmp_path):
-    """Both blocks, at miniature size: one seed, two steps, a pair that has hardly been trained."""
+def test_the_readmes_comparison_runs_as_printed(tmp_path, monkeypatch):
+    """Both blocks, at miniature size: one seed, two steps, a pair that has hardly been trained. The loop's commands
+    are written down by a `python` of this test and then run in this process."""
     loop, table = (re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", readme(), re.S)[1] for name in ("comparison", "table"))
-    shutil.copy(FILE, tmp_path)
     config = json.load(open(os.path.join(HERE, "tiny_config.json"))) | dict(steps=2, batch_size=8)
     config["tiny"] |= dict(pretrain_steps=2)
     (tmp_path / "tiny_config.json").write_text(json.dumps(config))
     (tmp_path / "table.py").write_text(table)
-    loop = loop.replace("python fire_opd.py", f"{sys.executable} one.py")
-    (tmp_path / "one.py").write_text("import sys, fire_opd\nfire_opd.main(sys.argv[1:])\n")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", loop], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"SEEDS": "0", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run([sys.executable, "table.py", "runs/compare"], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$@" >> commands\nmkdir -p "$5"\n')  # $5 follows --output-dir
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["bash", "-euo", "pipefail", "-c", loop], check=True, env=os.environ | {
+        "SEEDS": "0", "TASK": "--config tiny_config.json", "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    commands = [line.split() for line in open("commands")]
+    shutil.rmtree("runs")
+    assert [command.pop(0) for command in commands] == ["fire_opd.py"] * 8
+    for command in commands:
+        f.main(command)
+    done = subprocess.run([sys.executable, "table.py", "runs/compare"], capture_output=True, text=True)
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
     assert len(rows) == 8 and "FiRe-OPD" in rows and "+0.000" in done.stdout, done.stderr
 
