@@ -444,7 +444,7 @@ def update(run, r):
     updated = bool(rows) and math.isfinite(loss + norm) and bool(r.log_probs.isfinite().all())
     if updated:  # else the weights stay as they are
         run.optimizer.step()
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=not ddp)  # DDP's buckets hold them: let go, they were there twice
     return dict(loss=loss if updated else math.nan, grad_norm=norm, skipped_updates=int(not updated))
 
 def micro_batches(rows, lengths, budget):
@@ -661,8 +661,7 @@ class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
 
 @contextlib.contextmanager
-def explain(what, advice):
-    """Turns whatever a library raises on a user's file into one line: one mechanism, not a branch a case."""
+def explain(what, advice):  # turns whatever a library raises on a user's file into one line
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
@@ -879,8 +878,7 @@ def load_model(source, dtype):
         p.requires_grad_(source.name == "student" and id(p) in text)
     return model.eval()  # no dropout: the policy that is trained is the one that wrote
 
-def load_policy(source, config, vocabulary, mesh):
-    """A policy on the device. Ranks load in turns, so that the host holds a large model once."""
+def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host holds a large model once
     student, bf16 = source.name == "student", config.dtype == "bfloat16"
     # AdamW at 1e-6 on bf16 weights rounds nearly every update away: the student's are float32 always.
     dtype = torch.bfloat16 if bf16 and not student else torch.float32
@@ -934,8 +932,8 @@ def load(config):
     for source in teachers:
         teacher = run.teachers[source.name] = load_policy(source, config, vocabulary, mesh)
         ends = f"student {sorted(run.student.eos_ids)}, {source.name} {sorted(teacher.eos_ids)}"
-        note(f"end of sequence: {ends}", teacher.eos_ids != run.student.eos_ids and
-             "rollouts end at the student's; their length may drift")
+        note(f"end of sequence: {ends}", (teacher.eos_ids != run.student.eos_ids or not teacher.eos_ids) and
+             "rollouts end at the student's, or at --max-new-tokens; their length may drift")
         if source.tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
             note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
     self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
@@ -949,8 +947,6 @@ def load_student(run, source, vocabulary, mesh):  # and its optimizer
     student = run.student = run.trained = load_policy(source, config, vocabulary, mesh)
     if student.model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # two are slower for so small a model
-    if not student.eos_ids:
-        note("the student has no end of sequence", "every response will be --max-new-tokens long")
     student.model.generation_config.eos_token_id = sorted(student.eos_ids) or None  # it is saved with it
     if WORLD_SIZE > 1 and not mesh:
         run.trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -958,6 +954,12 @@ def load_student(run, source, vocabulary, mesh):  # and its optimizer
                                       betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
     if config.resume:
         resume(run, source.folder)
+    # DDP rounds otherwise after its first backward, which lays out its buckets anew, and its second, which
+    # puts the gradients into them: after two empty ones a resumed run goes on to the same bits.
+    nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
+    for _ in range(2 if run.trained is not student else 0):
+        run.trained(nothing, nothing > 0)[0].sum().backward()
+    run.optimizer.zero_grad(set_to_none=False)
 
 @torch.no_grad()
 def self_test(run):
@@ -987,11 +989,11 @@ def report_memory(run, longest):
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     saved = (4 if config.gradient_checkpointing else 65) * c.hidden_size  # bytes a token and layer
-    terms = dict(  # of the student: weights, two moments, and a gathered copy or the casts of autocast
-        student=size * (12 / shards + (2 if bf16 else 4 * (shards > 1))),
+    terms = dict(  # of the student: weights, gradients, two moments; a gathered copy or the casts of autocast
+        student=size * (16 / shards + (2 if bf16 else 4 * (shards > 1))),
         teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
         rollout=2 * c.num_hidden_layers * heads * head_dim * (2 if bf16 else 4) * rows * longest,
-        update=4 * size / shards + saved * c.num_hidden_layers * max(config.micro_batch_tokens, longest))
+        update=saved * c.num_hidden_layers * max(config.micro_batch_tokens, longest))
     need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
     there = torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
@@ -1023,8 +1025,7 @@ def open_output(config):
     sum_over_ranks(torch.zeros(1))
 
 @contextlib.contextmanager
-def complete_folder(folder):
-    """A folder that gets its name when all of it is on the disk: no kill at any moment leaves half of one."""
+def complete_folder(folder):  # gets its name when all of it is on the disk: no kill leaves half of one
     shutil.rmtree(folder + ".partial", ignore_errors=True)
     os.makedirs(folder + ".partial")
     yield folder + ".partial"
@@ -1163,8 +1164,7 @@ def set_up(config):
         now = sum_over_ranks(torch.tensor(0.0 if RANK else time.time(), dtype=torch.float64)).item()
         config.output_dir = time.strftime("runs/%Y%m%d-%H%M%S", time.localtime(now))
 
-def fail(message):
-    """One line on what is wrong; under torchrun also where its report looks for the root cause."""
+def fail(message):  # one line on what is wrong, under torchrun also where it looks for the root cause
     message = visible(" ".join(message.split())[:900])
     if RANK:  # if the fault is everybody's, rank 0 says so and torchrun ends the others meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
