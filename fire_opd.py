@@ -213,6 +213,7 @@ class Config:
 # --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
+CHUNK = 128 if DEVICE == "cpu" else 1024  # tokens that have logits at a time
 
 def sum_over_ranks(table):
     """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
@@ -253,8 +254,7 @@ class Policy(nn.Module):
             if getattr(head, "bias", None) is not None:
                 bias = bias + head.bias[:self.vocab_size]
             flat = token_log_probs_and_entropy(  # [n], [n]
-                hidden, head.weight[:self.vocab_size], ids[response], self.temperature,
-                chunk=128 if DEVICE == "cpu" else 1024, bias=bias)
+                hidden, head.weight[:self.vocab_size], ids[response], self.temperature, CHUNK, bias)
         return [x.new_zeros(ids.shape).masked_scatter(response, x) for x in flat]
 
     @torch.no_grad()
@@ -550,8 +550,7 @@ def measure(run, r, groups):
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
 
-def forward_flops(policy, tokens):
-    """2 a parameter and token; of a mixture of experts only the chosen ones count, attention does not."""
+def forward_flops(policy, tokens):  # 2 a parameter and token; neither attention nor experts not chosen
     c = vars(policy.model.config.get_text_config())
     experts = c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts") or 1
     share = c.get("num_experts_per_tok", 1) / experts
@@ -841,8 +840,7 @@ def shared_vocabulary(student, teachers):
     return shared
 
 def end_ids(model, tokenizer, config, vocabulary):
-    """Every id that ends a response: the checkpoint's own and the chat template's end of turn, which a Base
-    checkpoint may not list: it would then run on to the length limit where its teacher stops."""
+    """All ids that end a response: the checkpoint's, and the template's end of turn, which may lack there."""
     ids = set()
     for source in (model.generation_config, model.config, tokenizer):
         listed = getattr(source, "eos_token_id", None)
@@ -980,26 +978,29 @@ def self_test(run):
                 raise ValueError(f"{found}: {cause}")
         note(f"self-test of {name}: {found}")
 
-def report_memory(run, longest):
-    """What a rank needs at its peak, term by term as in the README, against what it has."""
+def report_memory(run, longest):  # what a rank needs at its peak, term by term as in the README, in bytes
     config, model = run.config, run.student.model
     c, size = model.config.get_text_config(), model.num_parameters()
-    shards, bf16 = WORLD_SIZE if config.shard else 1, config.dtype == "bfloat16"
+    shards, width = WORLD_SIZE if config.shard else 1, 2 if config.dtype == "bfloat16" else 4
+    layers, there = c.num_hidden_layers, torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
     rows = min(config.rollout_batch_size, -(-config.batch_size // WORLD_SIZE))
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    saved = (4 if config.gradient_checkpointing else 65) * c.hidden_size  # bytes a token and layer
+    inner = 4 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
+    # Bytes that a layer keeps of a token for backward, fitted; recomputed, layers keep their input only.
+    saved = 30 * c.hidden_size + width * (inner + 5 * (c.num_attention_heads + heads) * head_dim)
+    saved = saved + 4 * c.hidden_size * layers if config.gradient_checkpointing else saved * layers
     terms = dict(  # of the student: weights, gradients, two moments; a gathered copy or the casts of autocast
-        student=size * (16 / shards + (2 if bf16 else 4 * (shards > 1))),
+        student=size * (16 / shards + (width if shards > 1 or width == 2 else 0)),
         teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
-        rollout=2 * c.num_hidden_layers * heads * head_dim * (2 if bf16 else 4) * rows * longest,
-        update=saved * c.num_hidden_layers * max(config.micro_batch_tokens, longest))
+        rollout=2 * layers * heads * head_dim * width * rows * longest,
+        update=saved * max(config.micro_batch_tokens, longest) + 16 * CHUNK * c.vocab_size)
     need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
-    there = torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
     listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
     note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",
          need > there and "this will not fit; the README says what to lower")
+    return terms
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
 def open_output(config):
@@ -1115,8 +1116,7 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):
     return model
 
 def make_tiny(config):
-    """Train the tiny pair, once for an output folder, and write it and its prompts as ordinary files. -> the
-    config that names them: from there on, a run like any other."""
+    """Train the tiny pair, once for an output folder, into ordinary files. -> the config of a run on them"""
     path = functools.partial(os.path.join, config.output_dir, "tiny")
     torch.set_num_threads(1)  # on all ranks: two are slower for so small a pair
     with explain(f"task {config.task!r}", f"mend tiny in {config.config}, or choose another --output-dir"):
