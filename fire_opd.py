@@ -3,7 +3,7 @@
 The student writes, the teacher grades every token that the student wrote, the student moves towards the
 teacher. FiRe-OPD adds two selections to this: it drops the trajectories that the teacher finds least likely
 (Filter) and weighs the tokens of the others by how sure the teacher and how unsure the student is (Reweight).
-One step, and where to read it (pi_S is the student, pi_T the teacher, H an entropy, y a rollout):
+One step, and where to read it (pi_S: student, pi_T: teacher, H: entropy; max and mean over a rollout y):
 
   1. rollout    y ~ pi_S(.|x), exactly softmax(logits / temperature), and its H_S,t        rollout
   2. score      log pi_T(y_t) and H_T,t, the logits in chunks of tokens                    score
@@ -73,7 +73,7 @@ def trajectory_scores(teacher_log_probs, response_mask):
 def filter_trajectories(scores, percentile):
     """Filter: keep the trajectories with s >= the `percentile` quantile of all finite scores.
 
-    scores [B] of the WHOLE step: the quantile of a micro-batch of one is that one, and nothing is filtered.
+    scores [B] of the WHOLE step: a micro-batch of one row has that row as its quantile, and drops nothing.
     percentile in [0, 100], else ValueError -> keep [B] bool. Linear interpolation; ties with the quantile
     stay, 0 keeps every finite score, NaN and infinite scores are never kept.
     """
@@ -83,7 +83,7 @@ def filter_trajectories(scores, percentile):
     if not finite.any():
         return finite
     ordered = scores[finite].double().sort().values  # [n]
-    position = round(percentile * (len(ordered) - 1) / 100, 9)  # 161.00000000000003 would lose a tie
+    position = round(percentile * (len(ordered) - 1) / 100, 9)  # else 16.1 % of 1000 is 161.00000000000003
     low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
     return finite & (scores.double() >= low + (position - math.floor(position)) * (high - low))
 
@@ -130,7 +130,8 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
     return -objective.sum() / num_tokens
 
-def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128, bias=None):
+def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128, bias=None,
+                                with_entropy=True):
     """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), never whole over [N, V].
 
     hidden [N, D], lm_head_weight [V, D], targets [N], bias [V] or None -> log_probs [N] (differentiable) and
@@ -141,11 +142,12 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
     def one_chunk(h, y):  # [chunk, D], [chunk]
-        # W is cast in here, not once for all: so the chunks' gradients of W add up in its own float32.
-        logits = upcast(h.to(dtype) @ lm_head_weight.to(dtype).T)  # [chunk, V]
-        log_p = ((logits if bias is None else logits + bias) / temperature).log_softmax(1)
-        log_probs = log_p.gather(1, y[:, None])[:, 0]  # all that backward has to compute again
-        return log_probs, torch.special.entr(log_p.detach().exp()).sum(1)  # p log p is 0 at p = 0
+        # W is cast in each chunk anew: so the chunks' gradients of the student's W add up in its float32.
+        logits = upcast((h / temperature).to(dtype) @ lm_head_weight.to(dtype).T)  # [chunk, V]
+        log_p = (logits if bias is None else logits + bias / temperature).log_softmax(1)
+        log_probs = log_p.gather(1, y[:, None])[:, 0]  # backward computes again up to here
+        log_p = log_p.detach()  # 0 log 0 is 0:
+        return log_probs, -log_p.exp().mul_(log_p).nansum(1) if with_entropy else torch.zeros_like(log_probs)
 
     parts = [checkpoint(one_chunk, h, y, use_reentrant=False, preserve_rng_state=False)
              for h, y in zip(hidden.split(chunk), targets.split(chunk))]
@@ -165,7 +167,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
     tokens = torch.searchsorted(cdf, points[:, None], right=True)  # [B, 1]; right: skips probability 0
     tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log(), torch.special.entr(probs).sum(1)
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log(), -(probs * probs.log()).nansum(1)
 
 # --- Settings: a line a flag; parsing and checks stand at the end -------------------------------------------
 def setting(default, text, low=None, high=10**9, choices=None):  # low and high are inclusive
@@ -174,10 +176,10 @@ def setting(default, text, low=None, high=10**9, choices=None):  # low and high 
 @dataclass
 class Config:
     filter_percentile: float = setting(20.0, "the filter's quantile of the trajectory scores, in %", 0, 100)
-    filter_by: str = setting("likelihood", "random: a control", choices=("likelihood", "random"))
+    filter_by: str = setting("likelihood", "random: drop as many at random", choices=("likelihood", "random"))
     alpha: float = setting(1.0, "strength of teacher confidence in the weights", 0)
     beta: float = setting(1.0, "strength of student confusion in the weights", 0)
-    token_weights: str = setting("soft", "the others: controls", choices=("soft", "hard", "shuffled"))
+    token_weights: str = setting("soft", "hard: the heavier half", choices=("soft", "hard", "shuffled"))
     loss_agg: str = setting("token-mean", "what the loss is a mean over", choices=("token-mean", "seq-mean"))
     temperature: float = setting(1.0, "of student and teacher, sampling and scoring", 1e-6)
     batch_size: int = setting(64, "rollouts a step, over all ranks", 1, 10**6)
@@ -240,21 +242,23 @@ class Policy(nn.Module):
         self.model, self.eos_ids, self.temperature = model, eos_ids, config.temperature
         # Embeddings are padded: the rows beyond the shared vocabulary, or at a gap in it, are no tokens.
         self.vocab_size = max(vocabulary) + 1  # V
-        self.gaps = torch.full((self.vocab_size,), -torch.inf, device=DEVICE)  # [V] added to the logits
-        self.gaps[sorted(vocabulary)] = 0
+        self.gaps = torch.tensor(sorted({*range(self.vocab_size)} - vocabulary)).long().to(DEVICE)
         self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
 
     def forward(self, ids, response):
-        """log pi(y_t) and H_t of the response, 0 elsewhere. ids, response bool [b, L] -> [b, L], [b, L]."""
+        """log pi(y_t) and, without gradients, H_t of the response. ids, response bool, both returns [b, L]"""
         with self.autocast():
             # Padding is on the right, where the real tokens of a causal model cannot see it: no mask needed.
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, D]
             hidden = hidden[:, :-1][response[:, 1:]]  # [n, D]: position t - 1 predicts token t
-            head, bias = self.model.get_output_embeddings(), self.gaps
-            if getattr(head, "bias", None) is not None:
-                bias = bias + head.bias[:self.vocab_size]
+            head = self.model.get_output_embeddings()
+            bias = getattr(head, "bias", None)
+            if bias is not None or len(self.gaps):
+                bias = torch.zeros(self.vocab_size, device=DEVICE) if bias is None else bias[:self.vocab_size]
+                bias = bias.index_fill(0, self.gaps, -torch.inf)
             flat = token_log_probs_and_entropy(  # [n], [n]
-                hidden, head.weight[:self.vocab_size], ids[response], self.temperature, CHUNK, bias)
+                hidden, head.weight[:self.vocab_size], ids[response], self.temperature, CHUNK, bias,
+                with_entropy=not torch.is_grad_enabled())  # an update needs none
         return [x.new_zeros(ids.shape).masked_scatter(response, x) for x in flat]
 
     @torch.no_grad()
@@ -282,14 +286,15 @@ class Policy(nn.Module):
                 logits = self.model(
                     input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True,
                     position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:],  # left padding
-                    logits_to_keep=1).logits[:, -1, :self.vocab_size] + self.gaps  # [n, V]
+                    logits_to_keep=1).logits[:, -1, :self.vocab_size]  # [n, V]
+                logits.index_fill_(1, self.gaps, -torch.inf)
                 drawn, log_pi, h = sample_tokens(logits, uniforms[rows, t], self.temperature)  # [n]
                 tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn, log_pi.float(), h.float()
                 ids, attention = drawn[:, None], torch.cat([attention, torch.ones_like(drawn)[:, None]], 1)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
-SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # what randomness is for
+SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # of a seed's key, one number a purpose
 
 def uniforms(seed, *key, rows=(0,), width):
     """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone.
@@ -319,7 +324,7 @@ class Run:
     teachers: dict = field(default_factory=dict)  # name -> Policy
     optimizer: torch.optim.Optimizer = None
     step: int = 0  # steps done
-    failures: int = 0  # steps without an update, since the last one with
+    failures: int = 0  # consecutive steps without an update
 
 @dataclass
 class Rollouts:
@@ -343,7 +348,7 @@ class Rollouts:
         return [i for i, prompt in enumerate(self.prompts) if prompt.teacher == name]
 
     def batch(self, rows, *tables):
-        """These rows of some tables, on the device, as wide as the longest. Of no rows: one of zeros."""
+        """These rows of some tables, on the device, as wide as the longest; of no rows one row of zeros."""
         lengths = self.lengths()
         width = max([lengths[i] for i in rows], default=2)
         tables = [table[rows or [0], :width].to(DEVICE) for table in tables]
@@ -424,7 +429,7 @@ def update(run, r):
     """
     config, rows, loss = run.config, r.keep.nonzero()[:, 0].tolist(), torch.zeros(())
     weights, count = r.weights, int(r.response[rows].sum())
-    if config.loss_agg == "seq-mean":  # of each trajectory's own mean
+    if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
         weights, count = weights / r.response.sum(1, keepdim=True).clamp(min=1), len(rows)
     micros = micro_batches(rows, r.lengths(), config.micro_batch_tokens)
     ddp = isinstance(run.trained, DistributedDataParallel)
@@ -442,9 +447,9 @@ def update(run, r):
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded student
     updated = bool(rows) and math.isfinite(loss + norm) and bool(r.log_probs.isfinite().all())
-    if updated:  # else the weights stay as they are
+    if updated:  # else the parameters stay as they are
         run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=not ddp)  # DDP's buckets hold them: let go, they were there twice
+    run.optimizer.zero_grad(set_to_none=not ddp)  # DDP's buckets are the gradients: not twice
     return dict(loss=loss if updated else math.nan, grad_norm=norm, skipped_updates=int(not updated))
 
 def micro_batches(rows, lengths, budget):
@@ -475,7 +480,7 @@ def train(config):
             report(run, bar, rollouts, metrics)
             if run.failures == 3:
                 save_checkpoint(run)
-                raise UserError(f"step {run.step}: three steps in a row without a finite loss and gradient; "
+                raise UserError(f"step {run.step}: three steps without an update (nothing kept, or NaN); "
                                 f"its last good weights are saved; lower --lr, check the teacher")
             if due(run, config.eval_every):
                 evaluate(run)
@@ -497,8 +502,7 @@ def random_scores(run, r):  # [B], to drop as many trajectories as the teacher's
     noise = uniforms(run.config.seed, FILTER, run.step, width=len(r.scores))[0]
     return noise.masked_fill(~r.scores.isfinite(), torch.nan)
 
-def control_weights(run, r):
-    """Alternatives to the soft weights [B, L] of the kept rows, each with the same mean of 1."""
+def control_weights(run, r):  # [B, L], each with the mean of 1 that the soft ones have
     mask, weights = r.response & r.keep[:, None], r.weights
     lengths = mask.sum(1, keepdim=True)  # [B, 1]
     if run.config.token_weights == "hard":  # the heavier half, all alike
@@ -517,19 +521,23 @@ def clock():
     return time.perf_counter()
 
 def is_correct(response, answer):
-    """Whether the last \\boxed{...} is the answer; without one, the whole response or its last number."""
+    """Whether the last \\boxed{...} is the answer (or its box), else the response or its last number."""
+    def boxed(text):  # braces may nest three deep
+        return re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", text)[-1:]
+
     def clean(text):
-        text = re.sub(r"[\s$]|\\left|\\right|(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".")
-        return re.sub(r"^(-?)\.", r"\g<1>0.", text)
+        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", re.sub(r"\s|\\[ ,!;]", "", text)).replace("dfrac", "frac")
+        text = re.sub(r"\\?[$%]|\\(left|right)(?![a-z])|\{,\}|(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".")
+        return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", re.sub(r"^(-?)\.", r"\g<1>0.", text))
 
-    if boxes := re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", response):
-        return clean(boxes[-1]) == clean(answer)  # braces may nest three deep
+    response = response.replace("\u2212", "-")
+    answer = clean((boxed(answer) or [answer.split("####")[-1]])[0])
+    if boxes := boxed(response):
+        return clean(boxes[0]) == answer
     number = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])-?\.\d+"
-    numbers = re.findall(number, response)
-    return response.strip() == answer.strip() or bool(numbers) and clean(numbers[-1]) == clean(answer)
+    return answer in (clean(response), *map(clean, re.findall(number, response)[-1:]))
 
-def measure(run, r, groups):
-    """groups {suffix: rows [B] bool} -> {figure + suffix: float}, NaN for a group without rows."""
+def measure(run, r, groups):  # groups {suffix: rows [B] bool} -> {figure + suffix: float}
     figures, log_ratio = {}, r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
     ended = (is_eos(r.ids, run.student.eos_ids) & r.response).any(1)  # [B]
     correct = torch.full(ended.shape, math.nan)  # [B] where an answer is known
@@ -551,14 +559,13 @@ def measure(run, r, groups):
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
 
 def forward_flops(policy, tokens):  # 2 a parameter and token; neither attention nor experts not chosen
-    c = vars(policy.model.config.get_text_config())
-    experts = c.get("num_local_experts") or c.get("num_experts") or c.get("n_routed_experts") or 1
-    share = c.get("num_experts_per_tok", 1) / experts
+    get = functools.partial(getattr, policy.model.config.get_text_config())
+    experts = get("num_local_experts", 0) or get("num_experts", 0) or get("n_routed_experts", 0) or 1
+    share = (get("num_experts_per_tok", 0) or experts) / experts
     sizes = [p.numel() * (share if ".experts." in name else 1) for name, p in policy.named_parameters()]
     return 2 * tokens * sum(sizes)
 
-def measure_step(run, r, times):
-    """The figures of a training step: of all rows, the kept and the dropped, of weights and of speed."""
+def measure_step(run, r, times):  # of all rows, the kept and the dropped, of weights and speed
     keep, lengths, seconds = r.keep, torch.tensor(r.lengths()), np.diff(times)  # rollout, score, update
     figures = measure(run, r, {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep})
     for name in run.teachers if len(run.teachers) > 1 else ():
@@ -595,9 +602,10 @@ def visible(text):  # control characters spelled out: no rollout can move the te
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 def say(text):
-    if RANK == 0:
-        tqdm.write(visible(text))
-        sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a pipe that was closed ends no run
+        if RANK == 0:
+            tqdm.write(visible(text))
+            sys.stdout.flush()
 
 def note(text, follows=None):  # a line of the report at the start: ok, or a warning with what follows
     say(f"warning  {text}: {follows}" if follows else f"     ok  {text}")
@@ -606,8 +614,7 @@ def progress(steps, label, done=0):  # a bar over the steps that are left; on a 
     hidden = RANK != 0 or not sys.stderr.isatty()
     return tqdm(range(done, steps), label, steps, initial=done, disable=hidden, leave=False)
 
-def report(run, bar, r, metrics):
-    """A line in the log and one on the screen, and at both ends of a run a kept and a dropped rollout."""
+def report(run, bar, r, metrics):  # to log and screen; at both ends of a run two rollouts
     log(run, metrics)
     run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
     line = "reverse_kl {reverse_kl:.3f}, length {response_length:.0f}, {tokens_per_second:.0f} tokens/s"
@@ -714,13 +721,14 @@ def check(config):  # types, choices and bounds, wherever a setting came from, a
         raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % WORLD_SIZE:
         raise UserError(f"batch_size must be a multiple of rollouts_per_prompt and of the {WORLD_SIZE} ranks")
-    if config.resume and not config.output_dir:
-        raise UserError("command line: --resume needs --output-dir, the folder of the run to continue")
+    if config.resume and not (config.output_dir and config.steps):
+        raise UserError("command line: --resume needs --steps and --output-dir, the folder of the run")
 
 # --- Prompts ------------------------------------------------------------------------------------------------
 def text_of(content):  # of a message; other tools write it as a list of parts
-    if not isinstance(content, list):
+    if content is None or isinstance(content, str):
         return content
+    content = content if isinstance(content, list) else [content]
     if other := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
         raise ValueError(f"only content parts of type 'text' are supported, got {str(other[0])[:60]}")
     return "".join(part["text"] for part in content)
@@ -746,22 +754,23 @@ def tokenize(prompt, tokenizer, config, tools=None):
 def parse_prompt(config, row, tokenizer, vocabulary, teachers):  # a ValueError says what is wrong with it
     first = lambda *keys: next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
     content, answer = first("prompt", "problem", "messages"), first("answer", "ground_truth", "solution")
-    teacher = first("teacher") or (teachers[0] if len(teachers) == 1 else None)
+    if isinstance(row.get("messages"), str) and content is row["messages"]:
+        content = json.loads(content)  # as some datasets keep it
+    teacher, group, tools = map(first, ("teacher", "group", "tools"))
+    teacher = teachers[0] if teacher is None and len(teachers) == 1 else str(teacher)
     if not isinstance(content, (str, list)):
         raise ValueError("no prompt: give 'prompt' (a string or messages) or 'problem'")
     if isinstance(answer, (bool, dict, list)):
         raise ValueError(f"'answer' must be a string or a number, got {str(answer)[:60]}")
     if teacher not in teachers:
         raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: give --teacher NAME=PATH")
-    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-    ids = list(tokenize(content, tokenizer, config, tools))
+    ids = list(tokenize(content, tokenizer, config, json.loads(tools) if isinstance(tools, str) else tools))
     if not ids or set(ids) - vocabulary:
         strange = tokenizer.convert_ids_to_tokens(list(set(ids) - vocabulary))
         raise ValueError(f"{strange} are unknown to a model" if strange else "the prompt has no tokens")
-    return Prompt(ids, None if answer is None else str(answer), teacher, str(first("group") or ""))
+    return Prompt(ids, None if answer is None else str(answer), teacher, "" if group is None else str(group))
 
-def load_prompts(config, path, *about):
-    """-> the prompts of a JSON Lines file, without those that are too long; a fault names its line."""
+def load_prompts(config, path, *about):  # of JSON Lines; those that are too long are dropped
     prompts, longest = [], config.max_prompt_tokens
     with explain(path, "give a JSON Lines file; paths start at the current folder"), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -781,19 +790,17 @@ def load_prompts(config, path, *about):
 # --- Models -------------------------------------------------------------------------------------------------
 Source = collections.namedtuple("Source", "name folder config tokenizer")  # a checkpoint before it is loaded
 
-def teacher_paths(config):
-    """--teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}; a bare PATH is "teacher"."""
+def teacher_paths(config):  # --teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}
     named = {}
     for entry in config.teacher:
-        match = re.fullmatch(r"([\w-]+)=(.+)", entry)
+        match = re.fullmatch(r"([\w-]+)=(.+)", str(entry))
         name, path = match.groups() if match else ("teacher", entry)
         if name in (*named, "student"):
             raise UserError(f"command line: --teacher {entry!r}: give each teacher a NAME=PATH of its own")
         named[name] = path
     return named
 
-def open_source(name, path):
-    """A checkpoint folder, or the snapshot of a hub name (never its pickled weights). -> Source"""
+def open_source(name, path):  # a folder, or the snapshot of a hub name. -> Source
     folder = path
     if not os.path.isdir(path):
         with explain(f"{name} {path}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
@@ -811,7 +818,8 @@ def open_source(name, path):
 
 def check_positions(source, longest):  # of prompt and response
     c = source.config.get_text_config()
-    limit, rope = getattr(c, "max_position_embeddings", None), getattr(c, "rope_parameters", None) or {}
+    limit = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None)
+    rope = getattr(c, "rope_parameters", None) or {}
     for r in [rope, *(r for r in rope.values() if isinstance(r, dict))]:  # of all layers, or by their types
         original = r.get("original_max_position_embeddings") or limit
         if r.get("rope_type") in ("longrope", "dynamic"):
@@ -822,9 +830,7 @@ def check_positions(source, longest):  # of prompt and response
         raise UserError(f"{source.name} {source.folder}: prompt and response may take {longest} tokens, its "
                         f"positions end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
 
-def shared_vocabulary(student, teachers):
-    """The ids that are the same token to all models, compared one by one. The widths of the embeddings prove
-    nothing: they are padded, differently from size to size, and one width can hold other tokens."""
+def shared_vocabulary(student, teachers):  # compared id by id: the padded widths of embeddings prove nothing
     ours, *others = ({i: token for token, i in source.tokenizer.get_vocab().items()}
                      for source in (student, *teachers))
     for teacher, theirs in zip(teachers, others):
@@ -839,8 +845,7 @@ def shared_vocabulary(student, teachers):
          f"the student's other {len(ours) - len(shared)} have no embedding or are unknown to a teacher")
     return shared
 
-def end_ids(model, tokenizer, config, vocabulary):
-    """All ids that end a response: the checkpoint's, and the template's end of turn, which may lack there."""
+def end_ids(model, tokenizer, config, vocabulary):  # the checkpoint's, and the template's end of turn
     ids = set()
     for source in (model.generation_config, model.config, tokenizer):
         listed = getattr(source, "eos_token_id", None)
@@ -853,8 +858,7 @@ def end_ids(model, tokenizer, config, vocabulary):
             ids |= set(first) & {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return ids & vocabulary
 
-def load_model(source, dtype):
-    """A causal LM on the host: complete, and of a kind that can be trained and saved."""
+def load_model(source, dtype):  # on the host; complete, trainable and saveable
     what = f"{source.name} {source.folder}"
     with explain(what, "give a complete safetensors checkpoint of a causal LM"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -870,7 +874,7 @@ def load_model(source, dtype):
         model.generation_config.validate(strict=True)
     except ValueError as error:  # it could be read, but not be saved
         note(what, f"its generation config is invalid and left out: {str(error)[:60]} ...")
-        model.generation_config = GenerationConfig()
+        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     for p in model.parameters():  # a vision tower gets no gradient from text: DDP would wait for it
         p.requires_grad_(source.name == "student" and id(p) in text)
@@ -884,8 +888,8 @@ def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host
         if turn == RANK:
             model = load_model(source, dtype)
             policy = Policy(model, end_ids(model, source.tokenizer, config, vocabulary), vocabulary, config)
-            lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-            layers = max(lists, key=lambda m: len(list(m.parameters())))  # not, say, one layer's experts
+            lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+            layers = max(lists, key=lambda m: len(list(m.parameters())), default=[])
             for layer in layers if student and config.gradient_checkpointing else ():
                 layer.forward = functools.partial(recomputed, layer.forward)
             if mesh:
@@ -910,8 +914,7 @@ def shard(policy, layers, mesh, student, bf16):
     fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
     register_fsdp_forward_method(policy, "sample")
 
-def load(config):
-    """Everything a run needs, what is cheap first, reported line by line. -> Run"""
+def load(config):  # everything a run needs, what is cheap first, reported line by line. -> Run
     student = open_source("student", config.student)
     teachers = [open_source(name, path) for name, path in teacher_paths(config).items()]
     vocabulary = shared_vocabulary(student, teachers)
@@ -1003,26 +1006,27 @@ def report_memory(run, longest):  # what a rank needs at its peak, term by term 
     return terms
 
 # --- Checkpoints --------------------------------------------------------------------------------------------
-def open_output(config):
-    """Make the output folder, or check that its run is this one. One without a checkpoint starts anew."""
+def open_output(config):  # of a new run, or of this one
     if RANK == 0 and config.steps:
         folder, path = config.output_dir, os.path.join(config.output_dir, "config.json")
         now = {name: x for name, x in vars(config).items() if name not in ("config", "resume", "tiny")}
         with explain(f"output folder {folder}", "choose another --output-dir"):
             folder.encode()  # names that are not UTF-8 break the saving of tokenizers
-            before = dict(json.load(open(path, encoding="utf-8"))) if os.path.exists(path) else now
+            if config.resume != bool(checkpoints(folder)):
+                raise ValueError("no complete checkpoint in it; start without --resume" if config.resume else
+                                 "it holds a run already; continue it with --resume")
+            before = json.load(open(path, encoding="utf-8")) if os.path.exists(path) or config.resume else now
             changed = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
                        if name not in MAY_DIFFER.split() and before.get(name) != now[name]]
             if changed:
                 raise ValueError(f"other settings: {'; '.join(changed)}; only {MAY_DIFFER} may differ")
-            if config.resume != bool(checkpoints(folder)):
-                raise ValueError("no complete checkpoint in it; start without --resume" if config.resume else
-                                 "it holds a run already; continue it with --resume")
             if not config.resume:
                 os.makedirs(folder, exist_ok=True)
                 with open(path, "w", encoding="utf-8") as file:
                     json.dump(now, file, indent=1)
-                open(os.path.join(folder, "metrics.jsonl"), "w").close()
+                if os.path.exists(log := os.path.join(folder, "metrics.jsonl")):
+                    os.replace(log, log + ".old")
+                open(log, "w").close()
     sum_over_ranks(torch.zeros(1))
 
 @contextlib.contextmanager
@@ -1037,11 +1041,9 @@ def checkpoints(folder):  # oldest first; only a complete one ever gets its name
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     return [os.path.join(folder, name) for name in names if re.fullmatch(r"checkpoint-\d{6}", name)]
 
-STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # of plain, DDP and sharded models alike
+STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # some weights get no gradient
 
-def save_checkpoint(run):
-    """The student as an ordinary checkpoint folder, its optimizer in it, the step in its name. Random state
-    and data position are functions of the seed and the step."""
+def save_checkpoint(run):  # randomness and data position follow from seed and step
     model, folder = run.student.model, os.path.join(run.config.output_dir, f"checkpoint-{run.step:06d}")
     weights = get_model_state_dict(model, options=STATE)  # collective: rank 0 gets the shards of all
     moments = {}
@@ -1058,8 +1060,7 @@ def save_checkpoint(run):
             shutil.rmtree(old, ignore_errors=True)
     sum_over_ranks(torch.zeros(1))
 
-def resume(run, folder):
-    """Restore the optimizer and the step (the weights are loaded already), cut the log back to that step."""
+def resume(run, folder):  # the weights are loaded already
     run.step, path = int(folder[-6:]), os.path.join(run.config.output_dir, "metrics.jsonl")
     with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
         moments = torch.load(os.path.join(folder, "optimizer.pt"), weights_only=True, mmap=True)
@@ -1090,8 +1091,7 @@ def tiny_rows(rng, count, digits, mixture):
         prompt = "".join(map(str, numbers)) + domain + "="
         yield dict(prompt=prompt, answer="".join(map(str, answer)), group=domain)
 
-def pretrain(name, shape, domains, target_loss, tiny, seed):
-    """Plain next-token training of a new Qwen3 on these domains until the smoothed loss is target_loss."""
+def pretrain(name, shape, domains, target_loss, tiny, seed):  # until the smoothed loss is low
     torch.manual_seed(seed)
     rng, tokenizer = np.random.default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
     model = Qwen3ForCausalLM(Qwen3Config(
@@ -1115,11 +1115,10 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):
          smooth >= target_loss and f"it was to reach {target_loss}: it has not learned; try another seed")
     return model
 
-def make_tiny(config):
-    """Train the tiny pair, once for an output folder, into ordinary files. -> the config of a run on them"""
-    path = functools.partial(os.path.join, config.output_dir, "tiny")
+def make_tiny(config):  # once for an output folder. -> the config of a run on them
+    path = functools.partial(os.path.join, config.output_dir, f"tiny-{config.task}-{config.seed}")
     torch.set_num_threads(1)  # on all ranks: two are slower for so small a pair
-    with explain(f"task {config.task!r}", f"mend tiny in {config.config}, or choose another --output-dir"):
+    with explain(f"task {config.task!r}", "mend tiny in its JSON file, or choose another --output-dir"):
         tiny = config.tiny | config.tiny["tasks"][config.task]  # a task's own student wins
         if RANK == 0 and not os.path.exists(path()):
             with complete_folder(path()) as folder:
@@ -1149,6 +1148,7 @@ def on_signal(number, frame):
 
 def set_up(config):
     warnings.simplefilter("ignore")
+    sys.stdout.reconfigure(errors="backslashreplace")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if DEVICE == "cuda":

@@ -400,8 +400,7 @@ def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
 
 def test_each_step_draws_anew(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", prompts=write_rows(tmp_path / "one.jsonl", [dict(prompt="12+=")]), lr=1e-12)
-    first, run.step = responses_of(f.train_step(run)[0]), 1  # the same prompt, the same student
-    assert first != responses_of(f.train_step(run)[0])
+    assert responses_of(f.train_step(run)[0]) != responses_of(setattr(run, "step", 1) or f.train_step(run)[0])
 
 def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", prompts=pair / "routed.jsonl",
@@ -571,7 +570,7 @@ def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_sav
     monkeypatch.setattr(f, "policy_loss", lambda *a: calls.append(1) or loss(*a) * (math.nan if len(calls) > 1 else 1))
     with pytest.raises(SystemExit) as stop:
         f.main(flags(pair, tmp_path / "out", steps=9))
-    assert stop.value.code == 2 and "three steps in a row" in capsys.readouterr().err
+    assert stop.value.code == 2 and "three steps without" in capsys.readouterr().err
     assert all(value.isfinite().all() for value in weights_of(tmp_path / "out").values())
     assert [row["skipped_updates"] for row in log_of(tmp_path / "out")] == [0, 1, 1, 1]
 
@@ -581,6 +580,8 @@ def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_sav
     ("The answer is $1,234.", "1234", True), ("12 apples, then 7", "12", False), ("blue", "blue", True),
     ("01358", "01358", True), ("\\boxed{1,2}", "12", False), ("it is 1/2", "2", False), ("it is 1/2", "1/2", True),
     ("\\boxed{1,234,567}", "1234567", True), ("\\boxed{", "3", False), ("", "3", False), ("It=18, so", "18", True), ("it is .5", "5", False), ("it is .5", "0.5", True),
+    ("\\boxed{1\\,000}", "\\boxed{1{,}000}", True), ("\\boxed{\\dfrac12}", "so \\boxed{\\frac12}.", True), ("72%", "it is 72.\n#### 72", True),
+    ("it is \u22125", "-5", True), ("it is \u22125", "5", False), ("\\boxed{\\$18.50}", "18.5", True), ("3", "3.0", True), ("\\boxed{\\text{no}}", "no", True),
     ("values are 1,2,3", "3", True), ("1,2,3", "123", False), ("it is 1,000", "1000", True), ("about 3-5", "5", True), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
 def test_an_answer_is_the_last_box_or_the_last_number_or_the_whole_response(response, answer, correct):
     assert f.is_correct(response, answer) is correct
@@ -1094,7 +1095,7 @@ def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
     (2, dict(batch_size=12, max_new_tokens=12)),
     (3, dict(batch_size=6, filter_percentile=90)),  # one trajectory kept: two ranks have nothing to train on
     (3, dict(batch_size=12, micro_batch_tokens=30)),  # thirds are not exact: the order of sums shows in the bits
-    (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40, max_new_tokens=80,
+    (2, dict(batch_size=12, shard=True, gradient_checkpointing=True, micro_batch_tokens=40, max_new_tokens=70,
              rollout_batch_size=4))])  # responses longer than a segment, and 2 against 1 batches in the evaluation
 def test_two_and_three_ranks_are_the_same_run(pair, tmp_path, ranks, settings):
     settings |= dict(teacher=[f"one={pair / 'teacher'}", f"two={pair / 'other'}"], prompts=pair / "routed.jsonl",
