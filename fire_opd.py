@@ -733,8 +733,7 @@ def text_of(content):  # of a message; other tools write it as a list of parts
         raise ValueError(f"only content parts of type 'text' are supported, got {str(other[0])[:60]}")
     return "".join(part["text"] for part in content)
 
-def tokenize(prompt, tokenizer, config, tools=None):
-    """A string or a list of messages -> token ids, through the chat template if there is one and wanted."""
+def tokenize(prompt, tokenizer, config, tools=None):  # a string or messages -> ids, as the template wants
     if config.chat_template == "none" or not tokenizer.chat_template:
         if tools or isinstance(prompt, list):
             raise ValueError("tools and lists of messages need a chat template")
@@ -753,7 +752,8 @@ def tokenize(prompt, tokenizer, config, tools=None):
 
 def parse_prompt(config, row, tokenizer, vocabulary, teachers):  # a ValueError says what is wrong with it
     first = lambda *keys: next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
-    content, answer = first("prompt", "problem", "messages"), first("answer", "ground_truth", "solution")
+    content = first("prompt", "problem", "question", "messages")
+    answer = first("answer", "ground_truth", "solution")
     if isinstance(row.get("messages"), str) and content is row["messages"]:
         content = json.loads(content)  # as some datasets keep it
     teacher, group, tools = map(first, ("teacher", "group", "tools"))

@@ -1172,8 +1172,7 @@ def test_the_readmes_shell_blocks_run_as_printed(tmp_path):
     assert fire["eval/exact_match/+"] > first["eval/exact_match/+"] + 0.05
     assert fire["eval/exact_match/,"] > 0.6 > 0.1 > opd["eval/exact_match/,"]  # and keeps what it does not, unlike OPD
 
-def test_the_readmes_comparison_runs_as_printed(tmp_path, monkeypatch):
-    """In miniature: the loop's commands are written down by a `python` of this test, then run in this process."""
+def test_the_readmes_comparison_runs_as_printed(tmp_path, monkeypatch):  # in miniature, the commands in this process
     loop, table = (re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", readme(), re.S)[1] for name in ("comparison", "table"))
     config = json.load(open(os.path.join(HERE, "tiny_config.json"))) | dict(steps=2, batch_size=8)
     config["tiny"] |= dict(pretrain_steps=2)
@@ -1189,6 +1188,7 @@ def test_the_readmes_comparison_runs_as_printed(tmp_path, monkeypatch):
     assert [command.pop(0) for command in commands] == ["fire_opd.py"] * 8
     for command in commands:
         f.main(command)
+        open(os.path.join(command[command.index("--output-dir") + 1], "done"), "w").close()
     done = subprocess.run([sys.executable, "table.py", "runs/compare"], capture_output=True, text=True)
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
     assert len(rows) == 8 and "FiRe-OPD" in rows and "+0.000" in done.stdout, done.stderr
