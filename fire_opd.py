@@ -987,7 +987,7 @@ def report_memory(run, longest):  # what a rank needs at its peak, term by term 
     shards, width = WORLD_SIZE if config.shard else 1, 2 if config.dtype == "bfloat16" else 4
     layers, there = c.num_hidden_layers, torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
         os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
-    share, micro = config.batch_size // WORLD_SIZE, max(config.micro_batch_tokens, longest)  # rows, tokens
+    share, micro = -(-max(config.batch_size, len(run.eval_prompts)) // WORLD_SIZE), config.micro_batch_tokens
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     inner = 4 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
@@ -998,7 +998,7 @@ def report_memory(run, longest):  # what a rank needs at its peak, term by term 
         student=size * (16 / shards + (width if shards > 1 or width == 2 else 0)),
         teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
         rollout=2 * layers * heads * head_dim * width * min(config.rollout_batch_size, share) * longest,
-        update=saved * min(micro, share * longest) + 16 * CHUNK * c.vocab_size)
+        update=saved * min(max(micro, longest), share * longest) + 16 * CHUNK * c.vocab_size)
     need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
     listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
     note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",

@@ -821,7 +821,7 @@ def test_teachers_and_the_rollouts_cache_are_held_in_the_type_that_computes_and_
 def test_the_memory_report_knows_what_a_real_layer_keeps_for_backward(dtype):
     shape = dict(vocab_size=64, hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
     model, kept = Qwen3ForCausalLM(Qwen3Config(**shape, num_hidden_layers=2)), {}  # two layers of Qwen3-0.6B
-    run = SimpleNamespace(config=f.Config(dtype=dtype, micro_batch_tokens=1), student=SimpleNamespace(model=model), teachers={})
+    run = SimpleNamespace(config=f.Config(dtype=dtype, micro_batch_tokens=1), student=SimpleNamespace(model=model), teachers={}, eval_prompts=[])
 
     def measured(n):
         kept.clear()
