@@ -135,8 +135,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), never whole over [N, V].
 
     hidden [N, D], lm_head_weight [V, D], targets [N], bias [V] or None -> log_probs [N] (differentiable) and
-    entropy [N] (not), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several times over with
-    their gradient. Here only one chunk of tokens has logits at a time, and backward computes them again.
+    entropy [N] (not; 0 if not wanted), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several
+    times over with their gradient. Here only one chunk has logits at a time; backward computes them again.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -146,7 +146,7 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
         logits = upcast((h / temperature).to(dtype) @ lm_head_weight.to(dtype).T)  # [chunk, V]
         log_p = (logits if bias is None else logits + bias / temperature).log_softmax(1)
         log_probs = log_p.gather(1, y[:, None])[:, 0]  # backward computes again up to here
-        log_p = log_p.detach()  # 0 log 0 is 0:
+        log_p = log_p.detach()  # nansum: 0 log 0 is 0
         return log_probs, -log_p.exp().mul_(log_p).nansum(1) if with_entropy else torch.zeros_like(log_probs)
 
     parts = [checkpoint(one_chunk, h, y, use_reentrant=False, preserve_rng_state=False)
