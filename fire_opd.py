@@ -921,8 +921,7 @@ def load(config):  # everything a run needs, what is cheap first, reported line 
     about = student.tokenizer, vocabulary, [teacher.name for teacher in teachers]
     run = Run(config, student.tokenizer, load_prompts(config, config.prompts, *about),
               load_prompts(config, config.eval_prompts, *about) if config.eval_prompts else [])
-    if not run.eval_prompts:
-        note("no --eval-prompts", "nothing held out is evaluated")
+    note(f"{len(run.eval_prompts)} held-out prompts", not run.eval_prompts and "nothing is evaluated")
     note(f"first prompt: {run.tokenizer.decode(run.prompts[0].ids)!r}")
     longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
     for source in (student, *teachers):
@@ -938,7 +937,8 @@ def load(config):  # everything a run needs, what is cheap first, reported line 
         if source.tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
             note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
     self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
-    report_memory(run, longest)
+    with contextlib.suppress(AttributeError, RuntimeError):  # some configurations do not tell these sizes
+        report_memory(run, longest)
     return run
 
 def load_student(run, source, vocabulary, mesh):  # and its optimizer
