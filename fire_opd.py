@@ -24,23 +24,27 @@ Left out on purpose: a critic, a reward, a reference model and its KL penalty, s
 top-k or full-vocabulary divergences, an inference server, learning-rate schedules, logging services.
 """
 
-import argparse, collections, contextlib, dataclasses, datetime, difflib, functools, inspect, json, math, os
-import re, shutil, signal, sys, threading, time, traceback, warnings
+import argparse, collections, dataclasses, datetime, difflib, functools, inspect, json, os, re, shutil, signal
+import sys, threading, time, traceback, warnings
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from math import ceil, floor, isfinite, nan
+from pathlib import Path
 
-import huggingface_hub, tokenizers, torch, transformers
+import huggingface_hub, tokenizers, torch
 import numpy as np
-import torch.distributed as dist
-import torch.nn as nn
+from numpy.random import default_rng
+from torch import Tensor, distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
 
 # --- The method: pure tensor functions, no models, no globals -----------------------------------------------
 def upcast(x):
@@ -49,13 +53,12 @@ def upcast(x):
 
 def is_eos(tokens, eos_ids):
     """Which tokens end a response; several ids may. tokens [...], eos_ids: ints -> [...] bool."""
-    return torch.isin(tokens, torch.tensor(sorted(eos_ids), dtype=torch.long, device=tokens.device))
+    return torch.isin(tokens, tokens.new_tensor(sorted(eos_ids)))
 
 def response_mask(tokens, eos_ids):
     """True up to and including the first end of sequence. tokens [B, T], eos_ids: ints -> [B, T] bool.
 
-    By position: with pad == eos a comparison with the pad id would lose the EOS that teaches to stop.
-    """
+    By position: with pad == eos a comparison with the pad id would lose the EOS that teaches to stop."""
     ends = is_eos(tokens, eos_ids).long()
     return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
 
@@ -63,8 +66,7 @@ def trajectory_scores(teacher_log_probs, response_mask):
     """s = (1/|y|) sum_t log pi_T(y_t): how likely the teacher finds each trajectory, per token.
 
     teacher_log_probs, response_mask [B, T] -> scores [B] in nats per token. A row without a response scores
-    minus infinity: an empty mean of 0 would be the best score there is.
-    """
+    minus infinity: an empty mean of 0 would be the best score there is."""
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
     total = upcast(teacher_log_probs).masked_fill(~mask, 0).sum(1)  # [B]
@@ -75,8 +77,7 @@ def filter_trajectories(scores, percentile):
 
     scores [B] of the WHOLE step: a micro-batch of one row has that row as its quantile, and drops nothing.
     percentile in [0, 100], else ValueError -> keep [B] bool. Linear interpolation; ties with the quantile
-    stay, 0 keeps every finite score, NaN and infinite scores are never kept.
-    """
+    stay, 0 keeps every finite score, NaN and infinite scores are never kept."""
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], got {percentile}")
     finite = scores.isfinite()
@@ -84,8 +85,8 @@ def filter_trajectories(scores, percentile):
         return finite
     ordered = scores[finite].double().sort().values  # [n]
     position = round(percentile * (len(ordered) - 1) / 100, 9)  # else 16.1 % of 1000 is 161.00000000000003
-    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
-    return finite & (scores.double() >= low + (position - math.floor(position)) * (high - low))
+    low, high = ordered[floor(position)], ordered[ceil(position)]
+    return finite & (scores.double() >= low + position % 1 * (high - low))
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0, scope="trajectory"):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the scope's valid tokens.
@@ -93,8 +94,7 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     Teacher confidence c_t = clamp(1 - H_T,t / max_t H_T, 0, 1): a teacher that hesitates teaches little.
     Student confusion  u_t = clamp(H_S,t / max_t H_S, 0, 1): where the student hesitates it has most to learn.
     Entropies in nats and response_mask, all [B, T] -> weights [B, T], zero off the mask, without gradient.
-    scope: max and mean of each "trajectory", or of the "batch" (the mask tells which rows); else ValueError.
-    """
+    scope: max and mean of each "trajectory" or of the "batch" (the mask tells the rows), else ValueError."""
     if scope not in ("trajectory", "batch"):
         raise ValueError(f"scope must be 'trajectory' or 'batch', got {scope!r}")
     dims = 1 if scope == "trajectory" else (0, 1)
@@ -117,8 +117,7 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, where old_log_probs are this very
     pass's, as in `update`: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], in
     nats. num_tokens counts the kept tokens of the whole step, over all micro-batches and ranks, because their
-    gradients ADD: divided by its own count, a short micro-batch would weigh its tokens more.
-    """
+    gradients ADD: divided by its own count, a short micro-batch would weigh its tokens more."""
     mask = mask.bool()
 
     def valid(x):  # masked before exp(): an infinity off the mask would make the gradient 0 * inf = NaN
@@ -136,8 +135,7 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
 
     hidden [N, D], lm_head_weight [V, D], targets [N], bias [V] or None -> log_probs [N] (differentiable) and
     entropy [N] (not; 0 if not wanted), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several
-    times over with their gradient. Here only one chunk has logits at a time; backward computes them again.
-    """
+    times over with their gradient. Here only one chunk has logits at a time; backward computes them again."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
@@ -160,8 +158,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. Given u the sampler is a
     function: no generator state to save or share. The sum is in float64 and u is scaled by its end: in
     float32 a sum over 152 k entries ends short of 1, and a u beyond it would be no token at all. NaN logits
-    give the last token and a NaN log-prob, for `update` to find.
-    """
+    give the last token and a NaN log-prob, for `update` to find."""
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
     points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
@@ -217,7 +214,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
 CHUNK = 128 if DEVICE == "cpu" else 1024  # tokens that have logits at a time
 
-def sum_over_ranks(table):
+def sum_over_ranks(table=torch.zeros(1)):  # of no table: the ranks wait for each other
     """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
     sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
     if dist.is_initialized():
@@ -242,7 +239,8 @@ class Policy(nn.Module):
         self.model, self.eos_ids, self.temperature = model, eos_ids, config.temperature
         # Embeddings are padded: the rows beyond the shared vocabulary, or at a gap in it, are no tokens.
         self.vocab_size = max(vocabulary) + 1  # V
-        self.gaps = torch.tensor(sorted({*range(self.vocab_size)} - vocabulary)).long().to(DEVICE)
+        gaps = [i for i in range(self.vocab_size) if i not in vocabulary]
+        self.gaps = torch.tensor(gaps, dtype=torch.long, device=DEVICE)
         self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
 
     def forward(self, ids, response):
@@ -264,17 +262,18 @@ class Policy(nn.Module):
     @torch.no_grad()
     def sample(self, prompts, uniforms):
         """One response to each prompt: b lists of ids, uniforms [b, T] -> tokens, log_probs, entropy [b, T].
-
         What follows a row's EOS means nothing. Rows that have ended leave the batch and its cache now and
-        then: a batch must not pay b times for its longest row.
-        """
+        then: a batch must not pay b times for its longest row."""
         assert uniforms.dtype == torch.float64  # rounded to less, one could be 1
-        (b, length), width = uniforms.shape, max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=DEVICE)  # [b, width]
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+        uniforms = uniforms.to(DEVICE)
+        b, length = uniforms.shape
+        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+        prompts = [torch.tensor(prompt, device=DEVICE) for prompt in prompts]
+        ids, attention = pad(prompts), pad([torch.ones_like(prompt) for prompt in prompts])  # [b, width]
         tokens = torch.zeros(b, length, dtype=torch.long, device=DEVICE)
-        log_probs, entropy, uniforms = *torch.zeros(2, b, length, device=DEVICE), uniforms.to(DEVICE)
-        rows, cache = torch.arange(b, device=DEVICE), RolloutCache(config=self.model.config)
+        log_probs, entropy = torch.zeros(2, b, length, device=DEVICE)
+        rows = torch.arange(b, device=DEVICE)
+        cache = RolloutCache(config=self.model.config)
         with self.autocast():  # keeps the bf16 weights that it casts for all tokens of this call
             for t in range(length):
                 if t and t % self.SEGMENT == 0:
@@ -288,22 +287,21 @@ class Policy(nn.Module):
                     position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:],  # left padding
                     logits_to_keep=1).logits[:, -1, :self.vocab_size]  # [n, V]
                 logits.index_fill_(1, self.gaps, -torch.inf)
-                drawn, log_pi, h = sample_tokens(logits, uniforms[rows, t], self.temperature)  # [n]
-                tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn, log_pi.float(), h.float()
-                ids, attention = drawn[:, None], torch.cat([attention, torch.ones_like(drawn)[:, None]], 1)
+                tokens[rows, t], log_probs[rows, t], entropy[rows, t] = sample_tokens(
+                    logits, uniforms[rows, t], self.temperature)  # [n]
+                ids = tokens[rows, t:t + 1]  # [n, 1]
+                attention = torch.cat([attention, torch.ones_like(ids)], 1)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
 
 # --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
 SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # of a seed's key, one number a purpose
 
 def uniforms(seed, *key, rows=(0,), width):
-    """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone.
-
-    Not of the rank, the batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the
-    rounding of floats, all arms of a comparison meet the same randomness, and resuming restores no generator.
-    """
-    drawn = [np.random.default_rng((seed, *key, i)).random(width) for i in rows]
-    return torch.from_numpy(np.array(drawn).reshape(len(rows), width))
+    """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone, not of rank,
+    batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the rounding of floats, all
+    arms of a comparison meet the same randomness, and resuming restores no generator."""
+    drawn = [default_rng((seed, *key, i)).random(width) for i in rows]
+    return torch.tensor(np.array(drawn))
 
 @dataclass
 class Prompt:
@@ -331,26 +329,23 @@ class Rollouts:
     """The trajectories of one step as tables on the CPU, the same on every rank. Prompt and response of a row
     are padded on the right to [B, L]; a figure stands at the token that it is of, and 0 off the responses."""
     prompts: list  # B prompts
-    ids: torch.Tensor  # [B, L]
-    response: torch.Tensor  # [B, L] bool, the response mask
-    log_probs: torch.Tensor  # [B, L] log pi_S(y_t) of the sampler
-    student_entropy: torch.Tensor  # [B, L] H_S,t of the sampler
-    teacher_log_probs: torch.Tensor = None  # [B, L]
-    teacher_entropy: torch.Tensor = None  # [B, L]
-    scores: torch.Tensor = None  # [B]
-    keep: torch.Tensor = None  # [B] bool
-    weights: torch.Tensor = None  # [B, L], 0 if dropped
-
-    def lengths(self):  # prompt + response tokens of each row
-        return [len(prompt.ids) + n for prompt, n in zip(self.prompts, self.response.sum(1).tolist())]
+    lengths: list  # B numbers of tokens, prompt + response
+    ids: Tensor  # [B, L]
+    response: Tensor  # [B, L] bool, the response mask
+    log_probs: Tensor  # [B, L] log pi_S(y_t) of the sampler
+    student_entropy: Tensor  # [B, L] H_S,t of the sampler
+    teacher_log_probs: Tensor = None  # [B, L]
+    teacher_entropy: Tensor = None  # [B, L]
+    scores: Tensor = None  # [B]
+    keep: Tensor = None  # [B] bool
+    weights: Tensor = None  # [B, L], 0 if dropped
 
     def of_teacher(self, name):  # the rows that it grades
         return [i for i, prompt in enumerate(self.prompts) if prompt.teacher == name]
 
     def batch(self, rows, *tables):
         """These rows of some tables, on the device, as wide as the longest; of no rows one row of zeros."""
-        lengths = self.lengths()
-        width = max([lengths[i] for i in rows], default=2)
+        width = max([self.lengths[i] for i in rows], default=2)
         tables = [table[rows or [0], :width].to(DEVICE) for table in tables]
         return tables if rows else [torch.zeros_like(table) for table in tables]
 
@@ -373,12 +368,14 @@ def train_step(run):
 
 def step_prompts(run):
     """The prompts of this step: each epoch is a fresh permutation of all of them."""
-    config, n = run.config, len(run.prompts)
+    config, n, chosen = run.config, len(run.prompts), []
     count = config.batch_size // config.rollouts_per_prompt
-    places = [divmod(i, n) for i in range(run.step * count, (run.step + 1) * count)]  # (epoch, place in it)
-    order = {epoch: np.random.default_rng((config.seed, ORDER, epoch)).permutation(n)
-             for epoch in {epoch for epoch, _ in places}}
-    return [run.prompts[order[epoch][i]] for epoch, i in places for _ in range(config.rollouts_per_prompt)]
+    epoch, start = divmod(run.step * count, n)
+    while len(chosen) < count:
+        order = default_rng((config.seed, ORDER, epoch)).permutation(n)
+        chosen += order[start:start + count - len(chosen)].tolist()
+        epoch, start = epoch + 1, 0
+    return [run.prompts[i] for i in chosen for _ in range(config.rollouts_per_prompt)]
 
 def rollout(run, prompts, *key):
     """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts"""
@@ -396,15 +393,14 @@ def rollout(run, prompts, *key):
 
 def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
     """Move the sampler's tables [B, T] behind their prompts. -> Rollouts, with tables [B, L]"""
-    mask, T = response_mask(tokens, eos_ids), tokens.shape[1]  # [B, T]
-    starts = torch.tensor([len(prompt.ids) for prompt in prompts])  # [B]
-    longest = int((starts + mask.sum(1)).max())  # L
+    mask = response_mask(tokens, eos_ids)  # [B, T]
 
     def behind_prompts(table):  # [B, T] -> [B, L]
-        empty = table.new_zeros(len(table), int(starts.max()) + T)
-        return empty.scatter(1, starts[:, None] + torch.arange(T), table.masked_fill(~mask, 0))[:, :longest]
+        return pad_sequence([torch.cat([table.new_zeros(len(prompt.ids)), row[valid]])
+                             for prompt, row, valid in zip(prompts, table, mask)], batch_first=True)
 
-    r = Rollouts(prompts, *map(behind_prompts, (tokens, mask, log_probs, entropy)))
+    lengths = [len(prompt.ids) + n for prompt, n in zip(prompts, mask.sum(1).tolist())]
+    r = Rollouts(prompts, lengths, *map(behind_prompts, (tokens, mask, log_probs, entropy)))
     for ids, prompt in zip(r.ids, prompts):
         ids[:len(prompt.ids)] = torch.tensor(prompt.ids)
     return r
@@ -414,50 +410,46 @@ def score(run, r):
     """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; their means are the trajectory scores."""
     log_probs, entropy = torch.zeros(2, *r.ids.shape)  # [B, L]
     for name, teacher in run.teachers.items():
-        for rows in micro_batches(r.of_teacher(name), r.lengths(), run.config.micro_batch_tokens):
+        for rows in micro_batches(r.of_teacher(name), r.lengths, run.config.micro_batch_tokens):
             ids, response = r.batch(rows, r.ids, r.response)
-            tables = teacher(ids, response)  # [b, L], [b, L]
-            log_probs[rows, :ids.shape[1]], entropy[rows, :ids.shape[1]] = (x.float().cpu() for x in tables)
+            log_pi, h = teacher(ids, response)  # [b, L], [b, L]
+            log_probs[rows, :ids.shape[1]], entropy[rows, :ids.shape[1]] = log_pi.cpu(), h.cpu()
     r.teacher_log_probs, r.teacher_entropy = sum_over_ranks(log_probs), sum_over_ranks(entropy)
     r.scores = trajectory_scores(r.teacher_log_probs, r.response)
 
 def update(run, r):
     """Steps 5 and 6, on the kept trajectories: the others never enter the student's forward. -> metrics
-
     Their gradient is summed up in micro-batches that fit into memory. However they are cut, over these and
-    over ranks, it is the same: what divides it is counted before the cut.
-    """
-    config, rows, loss = run.config, r.keep.nonzero()[:, 0].tolist(), torch.zeros(())
+    over ranks, it is the same: what divides it is counted before the cut."""
+    config, loss = run.config, torch.zeros(())
+    rows = r.keep.nonzero()[:, 0].tolist()
     weights, count = r.weights, int(r.response[rows].sum())
     if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
         weights, count = weights / r.response.sum(1, keepdim=True).clamp(min=1), len(rows)
-    micros = micro_batches(rows, r.lengths(), config.micro_batch_tokens)
+    micros = micro_batches(rows, r.lengths, config.micro_batch_tokens)
     ddp = isinstance(run.trained, DistributedDataParallel)
     for micro in micros:
         ids, response, teacher, w = r.batch(micro, r.ids, r.response, r.teacher_log_probs, weights)  # [b, L]
         # DDP exchanges gradients in the last backward only; no_sync must surround forward AND backward.
-        with run.trained.no_sync() if ddp and micro is not micros[-1] else contextlib.nullcontext():
+        with run.trained.no_sync() if ddp and micro is not micros[-1] else nullcontext():
             log_probs, _ = run.trained(ids, response)  # [b, L]
-            # This pass is the old policy too: its own log-probs make the ratio exactly 1, the sampler's, of
-            # other kernels, would not.
+            # This very pass is the old policy too: its log-probs make the ratio 1, the sampler's would not.
             part = policy_loss(log_probs, log_probs.detach(), teacher, w, response, count)
             (part * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded student
-    updated = bool(rows) and math.isfinite(loss + norm) and bool(r.log_probs.isfinite().all())
+    updated = bool(rows) and isfinite(loss + norm) and bool(r.log_probs.isfinite().all())
     if updated:  # else the parameters stay as they are
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=not ddp)  # DDP's buckets are the gradients: not twice
-    return dict(loss=loss if updated else math.nan, grad_norm=norm, skipped_updates=int(not updated))
+    return dict(loss=loss if updated else nan, grad_norm=norm, skipped_updates=int(not updated))
 
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or of one row).
-
     Sorted by length, so that hardly anything is padding. Every rank gets the same number of lists, if need be
-    empty ones: a rank that keeps no trajectory must still take part in every collective of the models.
-    """
+    empty ones: a rank that keeps no trajectory must still take part in every collective of the models."""
     cuts, most = [], -(-len(rows) // WORLD_SIZE)  # spread over the ranks before filling a budget
     for i in sorted(rows, key=lambda i: (-lengths[i], i)):
         if not cuts or len(cuts[-1]) == most or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > budget:
@@ -503,16 +495,17 @@ def random_scores(run, r):  # [B], to drop as many trajectories as the teacher's
     return noise.masked_fill(~r.scores.isfinite(), torch.nan)
 
 def control_weights(run, r):  # [B, L], each with the mean of 1 that the soft ones have
-    mask, weights = r.response & r.keep[:, None], r.weights
-    lengths = mask.sum(1, keepdim=True)  # [B, 1]
-    if run.config.token_weights == "hard":  # the heavier half, all alike
-        place = weights.masked_fill(~mask, -1).argsort(dim=1, descending=True).argsort(dim=1)  # 0 is heaviest
-        half = (lengths + 1) // 2
-        return (place < half) * lengths / half.clamp(min=1)
-    noise = uniforms(run.config.seed, SHUFFLE, run.step, rows=range(len(mask)), width=mask.shape[1])
-    order = noise.masked_fill(~mask, 1).argsort(dim=1)  # first the columns of the response, at random
-    first = torch.arange(mask.shape[1]) < lengths  # [B, L]
-    return weights.masked_scatter(mask, weights.gather(1, order)[first])  # the same weights on other tokens
+    (B, L), weights = r.ids.shape, torch.zeros(r.ids.shape)
+    noise = uniforms(run.config.seed, SHUFFLE, run.step, rows=range(B), width=L)
+    for i in r.keep.nonzero()[:, 0]:
+        mask = r.response[i]  # [L]
+        soft = r.weights[i, mask]  # [n]
+        if run.config.token_weights == "shuffled":  # the same weights on other tokens
+            weights[i, mask] = soft[noise[i, mask].argsort()]
+        else:  # hard: the heavier half, all alike
+            heavy = soft.argsort(descending=True)[:(len(soft) + 1) // 2]
+            weights[i, mask] = torch.zeros_like(soft).index_fill(0, heavy, len(soft) / len(heavy))
+    return weights
 
 # --- Metrics and evaluation ---------------------------------------------------------------------------------
 def clock():
@@ -526,9 +519,10 @@ def is_correct(response, answer):
         return re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", text)[-1:]
 
     def clean(text):
-        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", re.sub(r"\s|\\[ ,!;]", "", text)).replace("dfrac", "frac")
-        text = re.sub(r"\\?[$%]|\\(left|right)(?![a-z])|\{,\}|(?<=\d),(?=\d{3}(?!\d))", "", text).rstrip(".")
-        return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", re.sub(r"^(-?)\.", r"\g<1>0.", text))
+        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("dfrac", "frac")
+        text = re.sub(r"\s|\\[ ,!;]|\\?[$%]|\{,\}|\\(left|right)(?![a-z])|(?<=\d),(?=\d{3}(?!\d))", "", text)
+        text = re.sub(r"^(-?)\.", r"\g<1>0.", text.rstrip("."))
+        return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", text)
 
     response = response.replace("\u2212", "-")
     answer = clean((boxed(answer) or [answer.split("####")[-1]])[0])
@@ -540,7 +534,7 @@ def is_correct(response, answer):
 def measure(run, r, groups):  # groups {suffix: rows [B] bool} -> {figure + suffix: float}
     figures, log_ratio = {}, r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
     ended = (is_eos(r.ids, run.student.eos_ids) & r.response).any(1)  # [B]
-    correct = torch.full(ended.shape, math.nan)  # [B] where an answer is known
+    correct = torch.full(ended.shape, nan)  # [B] where an answer is known
     for i, prompt in enumerate(r.prompts):
         if prompt.answer is not None:
             text = run.tokenizer.decode(r.ids[i][r.response[i]], skip_special_tokens=True)
@@ -550,49 +544,51 @@ def measure(run, r, groups):  # groups {suffix: rows [B] bool} -> {figure + suff
         group = dict(
             reverse_kl=log_ratio[valid], score=r.scores[valid.any(1)],
             teacher_entropy=r.teacher_entropy[valid], student_entropy=r.student_entropy[valid],
-            response_length=r.response[rows].sum(1).float(), truncated_ratio=1 - ended[rows].float())
+            response_length=r.response[rows].sum(1), truncated_ratio=~ended[rows])
         if not correct[rows].isnan().all():
             group["exact_match"] = correct[rows & ~correct.isnan()]
-        figures |= {name + suffix: values.mean().item() for name, values in group.items()}
+        figures |= {name + suffix: values.float().mean().item() for name, values in group.items()}
     return figures
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
 
 def forward_flops(policy, tokens):  # 2 a parameter and token; neither attention nor experts not chosen
-    get = functools.partial(getattr, policy.model.config.get_text_config())
-    experts = get("num_local_experts", 0) or get("num_experts", 0) or get("n_routed_experts", 0) or 1
-    share = (get("num_experts_per_tok", 0) or experts) / experts
-    sizes = [p.numel() * (share if ".experts." in name else 1) for name, p in policy.named_parameters()]
-    return 2 * tokens * sum(sizes)
+    chosen = getattr(policy.model.config.get_text_config(), "num_experts_per_tok", None)
+    active = 0
+    for name, p in policy.named_parameters():  # transformers stacks the experts of a layer: [experts, ...]
+        active += p.numel() * chosen / len(p) if chosen and ".experts." in name else p.numel()
+    return 2 * tokens * active
 
 def measure_step(run, r, times):  # of all rows, the kept and the dropped, of weights and speed
-    keep, lengths, seconds = r.keep, torch.tensor(r.lengths()), np.diff(times)  # rollout, score, update
+    keep, lengths = r.keep, torch.tensor(r.lengths)
     figures = measure(run, r, {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep})
     for name in run.teachers if len(run.teachers) > 1 else ():
         figures[f"keep_ratio/{name}"] = keep[r.of_teacher(name)].float().mean().item()
     weights = r.weights[r.response & keep[:, None]]  # [n]
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
-    peak = WORLD_SIZE * next((flops for name, flops in PEAK_FLOPS.items() if name in card), math.nan)
+    seconds = np.diff(times)  # of rollout, score, update
     scoring = sum(forward_flops(teacher, lengths[r.of_teacher(name)].sum().item())
                   for name, teacher in run.teachers.items())
     training = 3 * forward_flops(run.student, lengths[keep].sum().item())  # backward is twice the forward
+    card = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    peak = WORLD_SIZE * next((flops for name, flops in PEAK_FLOPS.items() if name in card), nan)
     return figures | dict(
         keep_ratio=keep.float().mean().item(),
-        filter_threshold=min(r.scores[keep].tolist(), default=math.nan),  # the lowest score that was kept
-        weight_ess=(weights.sum() ** 2 / (weights ** 2).sum() / len(weights)).item(),  # effective sample size
+        filter_threshold=min(r.scores[keep].tolist(), default=nan),  # the lowest score that was kept
+        weight_ess=(weights.mean() ** 2 / weights.square().mean()).item(),  # effective sample size
         seconds_rollout=seconds[0], seconds_score=seconds[1], seconds_update=seconds[2],
-        tokens_per_second=int(r.response.sum()) / seconds.sum(),
+        tokens_per_second=r.response.sum().item() / seconds.sum(),
         mfu_score=scoring / seconds[1] / peak, mfu_update=training / seconds[2] / peak,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if card else math.nan)
+        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if card else nan)
 
 def evaluate(run):  # on the held-out prompts, always from the same uniforms
     if not run.eval_prompts:
         return
     r = rollout(run, run.eval_prompts, EVALUATE)
     score(run, r)
-    names = sorted({"", *(prompt.group for prompt in r.prompts)})  # "" is all of them
-    figures = measure(run, r, {f"/{name}" if name else "": torch.tensor(
-        [not name or prompt.group == name for prompt in r.prompts]) for name in names})
+    groups = {"": torch.ones_like(r.scores).bool()}
+    for name in sorted({prompt.group for prompt in r.prompts} - {""}):
+        groups[f"/{name}"] = torch.tensor([prompt.group == name for prompt in r.prompts])
+    figures = measure(run, r, groups)
     say(f"step {run.step}: evaluation: " + ", ".join(
         f"{name} {x:.3f}" for name, x in figures.items() if re.match("reverse_kl|exact_match", name)))
     log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
@@ -602,7 +598,7 @@ def visible(text):  # control characters spelled out: no rollout can move the te
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 def say(text):
-    with contextlib.suppress(OSError):  # a pipe that was closed ends no run
+    with suppress(OSError):  # a pipe that was closed ends no run
         if RANK == 0:
             tqdm.write(visible(text))
             sys.stdout.flush()
@@ -616,7 +612,7 @@ def progress(steps, label, done=0):  # a bar over the steps that are left; on a 
 
 def report(run, bar, r, metrics):  # to log and screen; at both ends of a run two rollouts
     log(run, metrics)
-    run.failures = 0 if math.isfinite(metrics["loss"]) else run.failures + 1
+    run.failures = 0 if isfinite(metrics["loss"]) else run.failures + 1
     line = "reverse_kl {reverse_kl:.3f}, length {response_length:.0f}, {tokens_per_second:.0f} tokens/s"
     line = line.format(**metrics)
     bar.update()
@@ -647,15 +643,15 @@ def summary(run):  # the first and the last value of what matters, and the comma
 
 def log(run, row):
     if RANK == 0 and run.config.steps:
-        row = {name: x if math.isfinite(x) else None for name, x in row.items()}  # JSON has no NaN
-        path = os.path.join(run.config.output_dir, "metrics.jsonl")
-        with explain(path, "make room and --resume"), open(path, "a", encoding="utf-8") as file:
+        row = {name: x if isfinite(x) else None for name, x in row.items()}  # JSON has no NaN
+        path = Path(run.config.output_dir, "metrics.jsonl")
+        with explain(path, "make room and --resume"), path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
 def read_log(folder):  # -> rows in the order of the run; those of evaluations have no loss
     rows = []
-    for line in open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8"):
-        with contextlib.suppress(ValueError):  # a full disk may have torn the last line
+    for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():
+        with suppress(ValueError):  # a full disk may have torn the last line
             rows.append(json.loads(line))
     return rows
 
@@ -666,7 +662,7 @@ MAY_DIFFER = "output_dir steps eval_every save_every keep rollout_batch_size mic
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
 
-@contextlib.contextmanager
+@contextmanager
 def explain(what, advice):  # turns whatever a library raises on a user's file into one line
     try:
         yield
@@ -676,13 +672,13 @@ def explain(what, advice):  # turns whatever a library raises on a user's file i
         name = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ours speak for themselves
         raise UserError(f"{what}: {name}{' '.join(str(error).split())[:300]}; {advice}") from error
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"command line: {message}; see --help")
-
 def parse_config(argv=None):
     """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    def refuse(message):
+        raise UserError(f"command line: {message}; see --help")
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
     for name, f in SETTINGS.items():
         kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(action="append")}
         kind = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
@@ -690,18 +686,19 @@ def parse_config(argv=None):
         if f.type is not dict:
             parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **kind)
     flags, strange = parser.parse_known_args(argv)
-    path, settings = getattr(flags, "config", ""), {}
-    if not path and not vars(flags).keys() & {"teacher", "student", "prompts", "eval_prompts"}:
-        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tiny_config.json")
+    flags, settings = vars(flags), {}
+    path = flags.get("config")
+    if not path and not flags.keys() & {"teacher", "student", "prompts", "eval_prompts"}:
+        path = Path(__file__).with_name("tiny_config.json")
     if path:
-        with explain(f"config {path}", "it must be a JSON object of settings"), open(path, "rb") as file:
-            settings = dict(json.load(file).items())
+        with explain(f"config {path}", "it must be a JSON object of settings"):
+            settings = dict(json.loads(Path(path).read_bytes()).items())
     if isinstance(settings.get("teacher"), str):
         settings["teacher"] = [settings["teacher"]]
     for name in [*strange, *settings.keys() - SETTINGS.keys()]:
         near = difflib.get_close_matches(name.replace("-", "_"), SETTINGS, 1, cutoff=0)[0].replace("_", "-")
         raise UserError(f"command line, {path}: unknown setting {name[:80]!r}; the nearest is --{near}")
-    config = Config(**settings | vars(flags))
+    config = Config(**settings | flags)
     check(config)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir):
         config.resume = True  # torchrun --max-restarts has started us again
@@ -709,7 +706,7 @@ def parse_config(argv=None):
 
 def check(config):  # types, choices and bounds, wherever a setting came from, and what must go together
     for name, f in SETTINGS.items():
-        value, low, high, choices = getattr(config, name), *map(f.metadata.get, ("low", "high", "choices"))
+        value, (_, low, high, choices) = getattr(config, name), f.metadata.values()
         fits = type(value) in ((int, float) if f.type is float else (f.type, type(f.default)))
         if not fits or low is not None and not low <= value <= high or choices and value not in choices:
             wanted = f"in [{low}, {high}]" if low is not None else " or ".join(choices or [f.type.__name__])
@@ -751,24 +748,23 @@ def tokenize(prompt, tokenizer, config, tools=None):  # a string or messages -> 
                                          enable_thinking=config.enable_thinking)
 
 def parse_prompt(config, row, tokenizer, vocabulary, teachers):  # a ValueError says what is wrong with it
-    first = lambda *keys: next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
-    content = first("prompt", "problem", "question", "messages")
+    row = {key: x for key, x in row.items() if x not in (None, "", [])}
+    first = lambda *keys: next((row[key] for key in keys if key in row), None)
+    listed = lambda key: json.loads(row[key]) if isinstance(row.get(key), str) else row.get(key)
+    content = first("prompt", "problem", "question") or listed("messages")
     answer = first("answer", "ground_truth", "solution")
-    if isinstance(row.get("messages"), str) and content is row["messages"]:
-        content = json.loads(content)  # as some datasets keep it
-    teacher, group, tools = map(first, ("teacher", "group", "tools"))
-    teacher = teachers[0] if teacher is None and len(teachers) == 1 else str(teacher)
+    teacher = str(row.get("teacher", teachers[0] if len(teachers) == 1 else None))
     if not isinstance(content, (str, list)):
         raise ValueError("no prompt: give 'prompt' (a string or messages) or 'problem'")
     if isinstance(answer, (bool, dict, list)):
         raise ValueError(f"'answer' must be a string or a number, got {str(answer)[:60]}")
     if teacher not in teachers:
         raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: give --teacher NAME=PATH")
-    ids = list(tokenize(content, tokenizer, config, json.loads(tools) if isinstance(tools, str) else tools))
+    ids = list(tokenize(content, tokenizer, config, listed("tools")))
     if not ids or set(ids) - vocabulary:
         strange = tokenizer.convert_ids_to_tokens(list(set(ids) - vocabulary))
         raise ValueError(f"{strange} are unknown to a model" if strange else "the prompt has no tokens")
-    return Prompt(ids, None if answer is None else str(answer), teacher, "" if group is None else str(group))
+    return Prompt(ids, None if answer is None else str(answer), teacher, str(row.get("group", "")))
 
 def load_prompts(config, path, *about):  # of JSON Lines; those that are too long are dropped
     prompts, longest = [], config.max_prompt_tokens
@@ -801,13 +797,13 @@ def teacher_paths(config):  # --teacher math=PATH --teacher code=PATH -> {"math"
     return named
 
 def open_source(name, path):  # a folder, or the snapshot of a hub name. -> Source
-    folder = path
-    if not os.path.isdir(path):
+    folder = Path(path)
+    if not folder.is_dir():
         with explain(f"{name} {path}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
-            folder = huggingface_hub.snapshot_download(
-                path, etag_timeout=5, allow_patterns="*.safetensors *.json *.jinja *.model *.txt".split())
+            folder = Path(huggingface_hub.snapshot_download(
+                path, etag_timeout=5, allow_patterns="*.safetensors *.json *.jinja *.model *.txt".split()))
     with explain(f"{name} {path}", "give a complete checkpoint folder, tokenizer included"):
-        if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        if (folder / "adapter_config.json").exists():
             raise ValueError("this is a LoRA adapter: merge it into its base model")
         config, tokenizer = (auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
                              for auto in (AutoConfig, AutoTokenizer))
@@ -851,7 +847,7 @@ def end_ids(model, tokenizer, config, vocabulary):  # the checkpoint's, and the 
         listed = getattr(source, "eos_token_id", None)
         ids |= {listed} if isinstance(listed, int) else set(listed or ())
     if tokenizer.chat_template and config.chat_template == "auto":
-        with contextlib.suppress(Exception):  # a template that renders no replies has no end of turn to offer
+        with suppress(Exception):  # a template that renders no replies has no end of turn to offer
             turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
             tail = tokenizer.apply_chat_template(turns, tokenize=False).split("@reply@")[-1].lstrip()
             first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
@@ -875,9 +871,10 @@ def load_model(source, dtype):  # on the host; complete, trainable and saveable
     except ValueError as error:  # it could be read, but not be saved
         note(what, f"its generation config is invalid and left out: {str(error)[:60]} ...")
         model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
-    for p in model.parameters():  # a vision tower gets no gradient from text: DDP would wait for it
-        p.requires_grad_(source.name == "student" and id(p) in text)
+    model.requires_grad_(False)
+    if source.name == "student":  # not a vision tower: it gets no gradient from text, DDP would wait for it
+        model.get_decoder().requires_grad_()
+        model.get_output_embeddings().requires_grad_()
     return model.eval()  # no dropout: the policy that is trained is the one that wrote
 
 def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host holds a large model once
@@ -895,7 +892,7 @@ def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host
             if mesh:
                 shard(policy, layers, mesh, student, bf16)
             policy.to(DEVICE)
-        sum_over_ranks(torch.zeros(1))
+        sum_over_ranks()
     return policy
 
 def recomputed(forward, *args, **kwargs):  # torch's checkpointing; transformers' would need training mode
@@ -921,7 +918,6 @@ def load(config):  # everything a run needs, what is cheap first, reported line 
     about = student.tokenizer, vocabulary, [teacher.name for teacher in teachers]
     run = Run(config, student.tokenizer, load_prompts(config, config.prompts, *about),
               load_prompts(config, config.eval_prompts, *about) if config.eval_prompts else [])
-    note(f"{len(run.eval_prompts)} held-out prompts", not run.eval_prompts and "nothing is evaluated")
     note(f"first prompt: {run.tokenizer.decode(run.prompts[0].ids)!r}")
     longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
     for source in (student, *teachers):
@@ -937,7 +933,7 @@ def load(config):  # everything a run needs, what is cheap first, reported line 
         if source.tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
             note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
     self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
-    with contextlib.suppress(AttributeError, RuntimeError):  # some configurations do not tell these sizes
+    with suppress(AttributeError, RuntimeError):  # some configurations do not tell these sizes
         report_memory(run, longest)
     return run
 
@@ -984,22 +980,26 @@ def self_test(run):
 def report_memory(run, longest):  # what a rank needs at its peak, term by term as in the README, in bytes
     config, model = run.config, run.student.model
     c, size = model.config.get_text_config(), model.num_parameters()
-    shards, width = WORLD_SIZE if config.shard else 1, 2 if config.dtype == "bfloat16" else 4
-    layers, there = c.num_hidden_layers, torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
-    share, micro = -(-max(config.batch_size, len(run.eval_prompts)) // WORLD_SIZE), config.micro_batch_tokens
+    shards = WORLD_SIZE if config.shard else 1
+    width = 2 if config.dtype == "bfloat16" else 4
+    layers, hidden = c.num_hidden_layers, c.hidden_size
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    inner = 4 * (getattr(c, "intermediate_size", None) or 4 * c.hidden_size)
+    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    inner = getattr(c, "intermediate_size", None) or 4 * hidden
+    rows = -(-max(config.batch_size, len(run.eval_prompts)) // WORLD_SIZE)
+    tokens = min(max(config.micro_batch_tokens, longest), rows * longest)
     # Bytes that a layer keeps of a token for backward, fitted; recomputed, layers keep their input only.
-    saved = 30 * c.hidden_size + width * (inner + 5 * (c.num_attention_heads + heads) * head_dim)
-    saved = saved + 4 * c.hidden_size * layers if config.gradient_checkpointing else saved * layers
+    saved = 30 * hidden + width * (4 * inner + 5 * (c.num_attention_heads + heads) * head_dim)
+    saved = saved + 4 * hidden * layers if config.gradient_checkpointing else saved * layers
     terms = dict(  # of the student: weights, gradients, two moments; a gathered copy or the casts of autocast
         student=size * (16 / shards + (width if shards > 1 or width == 2 else 0)),
         teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
-        rollout=2 * layers * heads * head_dim * width * min(config.rollout_batch_size, share) * longest,
-        update=saved * min(max(micro, longest), share * longest) + 16 * CHUNK * c.vocab_size)
+        rollout=2 * layers * heads * head_dim * width * min(config.rollout_batch_size, rows) * longest,
+        update=saved * tokens + 16 * CHUNK * c.vocab_size)
     need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE
+    if DEVICE == "cuda":
+        there = torch.cuda.mem_get_info()[1]
     listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
     note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",
          need > there and "this will not fit; the README says what to lower")
@@ -1008,71 +1008,71 @@ def report_memory(run, longest):  # what a rank needs at its peak, term by term 
 # --- Checkpoints --------------------------------------------------------------------------------------------
 def open_output(config):  # of a new run, or of this one
     if RANK == 0 and config.steps:
-        folder, path = config.output_dir, os.path.join(config.output_dir, "config.json")
+        folder = Path(config.output_dir)
+        settings, metrics = folder / "config.json", folder / "metrics.jsonl"
         now = {name: x for name, x in vars(config).items() if name not in ("config", "resume", "tiny")}
         with explain(f"output folder {folder}", "choose another --output-dir"):
-            folder.encode()  # names that are not UTF-8 break the saving of tokenizers
+            config.output_dir.encode()  # names that are not UTF-8 break the saving of tokenizers
             if config.resume != bool(checkpoints(folder)):
                 raise ValueError("no complete checkpoint in it; start without --resume" if config.resume else
                                  "it holds a run already; continue it with --resume")
-            before = json.load(open(path, encoding="utf-8")) if os.path.exists(path) or config.resume else now
+            before = json.loads(settings.read_bytes()) if settings.exists() or config.resume else now
             changed = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
                        if name not in MAY_DIFFER.split() and before.get(name) != now[name]]
             if changed:
                 raise ValueError(f"other settings: {'; '.join(changed)}; only {MAY_DIFFER} may differ")
             if not config.resume:
-                os.makedirs(folder, exist_ok=True)
-                with open(path, "w", encoding="utf-8") as file:
-                    json.dump(now, file, indent=1)
-                if os.path.exists(log := os.path.join(folder, "metrics.jsonl")):
-                    os.replace(log, log + ".old")
-                open(log, "w").close()
-    sum_over_ranks(torch.zeros(1))
+                folder.mkdir(parents=True, exist_ok=True)
+                settings.write_text(json.dumps(now, indent=1))
+                if metrics.exists():
+                    metrics.replace(f"{metrics}.old")
+                metrics.touch()
+    sum_over_ranks()
 
-@contextlib.contextmanager
+@contextmanager
 def complete_folder(folder):  # gets its name when all of it is on the disk: no kill leaves half of one
-    shutil.rmtree(folder + ".partial", ignore_errors=True)
-    os.makedirs(folder + ".partial")
-    yield folder + ".partial"
+    temporary = Path(f"{folder}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
     os.sync()
-    os.rename(folder + ".partial", folder)
+    temporary.rename(folder)
 
 def checkpoints(folder):  # oldest first; only a complete one ever gets its name
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if re.fullmatch(r"checkpoint-\d{6}", name)]
+    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
 
 STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # some weights get no gradient
 
 def save_checkpoint(run):  # randomness and data position follow from seed and step
-    model, folder = run.student.model, os.path.join(run.config.output_dir, f"checkpoint-{run.step:06d}")
+    model, folder = run.student.model, Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
     weights = get_model_state_dict(model, options=STATE)  # collective: rank 0 gets the shards of all
     moments = {}
     if run.optimizer.state:  # else asking for it would make some, of a step that never was
         moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
-    if RANK == 0 and not os.path.exists(folder):
+    if RANK == 0 and not folder.exists():
         with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"), \
                 complete_folder(folder) as temporary:
             once = dict([*model.named_parameters(), *model.named_buffers()])  # a tied head is not named again
             model.save_pretrained(temporary, state_dict={n: w for n, w in weights.items() if n in once})
             run.tokenizer.save_pretrained(temporary)
-            torch.save(moments, os.path.join(temporary, "optimizer.pt"))  # no *.safetensors: not weights
+            torch.save(moments, temporary / "optimizer.pt")  # no *.safetensors: not weights
         for old in checkpoints(run.config.output_dir)[:-run.config.keep]:
             shutil.rmtree(old, ignore_errors=True)
-    sum_over_ranks(torch.zeros(1))
+    sum_over_ranks()
 
 def resume(run, folder):  # the weights are loaded already
-    run.step, path = int(folder[-6:]), os.path.join(run.config.output_dir, "metrics.jsonl")
+    run.step, path = int(folder.name[-6:]), Path(run.config.output_dir, "metrics.jsonl")
     with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
-        moments = torch.load(os.path.join(folder, "optimizer.pt"), weights_only=True, mmap=True)
+        moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
         if moments:
             set_optimizer_state_dict(run.trained, run.optimizer, moments, options=STATE)
     if RANK == 0:
         with explain(path, "it must be the log of the run to continue"):
             rows = [row for row in read_log(run.config.output_dir) if row["step"] <= run.step]
-            with open(path + ".partial", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-            os.replace(path + ".partial", path)
-    sum_over_ranks(torch.zeros(1))
+            temporary = Path(f"{path}.partial")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.replace(path)
+    sum_over_ranks()
 
 # --- The tiny pair: a teacher and a student made in seconds -------------------------------------------------
 def tiny_tokenizer():  # one token a character
@@ -1093,7 +1093,7 @@ def tiny_rows(rng, count, digits, mixture):
 
 def pretrain(name, shape, domains, target_loss, tiny, seed):  # until the smoothed loss is low
     torch.manual_seed(seed)
-    rng, tokenizer = np.random.default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
+    rng, tokenizer = default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
     model = Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **shape))
@@ -1116,28 +1116,28 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):  # until the smooth
     return model
 
 def make_tiny(config):  # once for an output folder. -> the config of a run on them
-    path = functools.partial(os.path.join, config.output_dir, f"tiny-{config.task}-{config.seed}")
+    folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
     torch.set_num_threads(1)  # on all ranks: two are slower for so small a pair
     with explain(f"task {config.task!r}", "mend tiny in its JSON file, or choose another --output-dir"):
         tiny = config.tiny | config.tiny["tasks"][config.task]  # a task's own student wins
-        if RANK == 0 and not os.path.exists(path()):
-            with complete_folder(path()) as folder:
-                write_tiny(folder, tiny, config.seed)
-    sum_over_ranks(torch.zeros(1))
-    return dataclasses.replace(
-        config, tiny=None, teacher=[f"{name}={path(name)}" for name in tiny["models"] if name != "student"],
-        student=path("student"), prompts=path("prompts.jsonl"), eval_prompts=path("eval_prompts.jsonl"))
+        if RANK == 0 and not folder.exists():
+            with complete_folder(folder) as temporary:
+                write_tiny(temporary, tiny, config.seed)
+    sum_over_ranks()
+    teachers = [f"{name}={folder}/{name}" for name in tiny["models"] if name != "student"]
+    return dataclasses.replace(config, tiny=None, teacher=teachers, student=f"{folder}/student",
+                               prompts=f"{folder}/prompts.jsonl", eval_prompts=f"{folder}/eval_prompts.jsonl")
 
 def write_tiny(folder, tiny, seed):
     for name, domains in tiny["models"].items():  # each is trained on its domains
         kind = name if name == "student" else "teacher"
         model = pretrain(name, tiny[kind], domains, tiny[kind + "_loss"], tiny, seed)
-        model.save_pretrained(os.path.join(folder, name))
-        tiny_tokenizer().save_pretrained(os.path.join(folder, name))
-    rng, mixture = np.random.default_rng((seed, ORDER)), tiny["mixture"]  # {domain: share}
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    rng, mixture = default_rng((seed, ORDER)), tiny["mixture"]  # {domain: share}
     even = dict.fromkeys(mixture, 1 / len(mixture))
     for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
-        with open(os.path.join(folder, name + ".jsonl"), "w", encoding="utf-8") as file:
+        with open(folder / f"{name}.jsonl", "w") as file:
             for row in tiny_rows(rng, count, tiny["digits"], shares):
                 file.write(json.dumps(row | {"teacher": tiny["graded_by"][row["group"]]}) + "\n")
 
@@ -1149,8 +1149,8 @@ def on_signal(number, frame):
 def set_up(config):
     warnings.simplefilter("ignore")
     sys.stdout.reconfigure(errors="backslashreplace")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans 23 to 37 ms for every new length: for every token
@@ -1171,8 +1171,7 @@ def fail(message):  # one line on what is wrong, under torchrun also where it lo
         time.sleep(2)
     print(f"error: {message}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(path, "w") as file:
-            json.dump({"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}, file)
+        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 def main(argv=None):
     """The command. Status 0; 130 if told to stop; 2 after a user's mistake, 1 and a traceback after ours."""
@@ -1181,7 +1180,7 @@ def main(argv=None):
         config = parse_config(argv)
         set_up(config)
         status = 0 if train(make_tiny(config) if config.tiny else config) else 130
-        sum_over_ranks(torch.zeros(1))
+        sum_over_ranks()
     except UserError as error:
         fail(str(error))
     except torch.OutOfMemoryError:

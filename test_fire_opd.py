@@ -386,7 +386,6 @@ def test_uniforms_are_a_function_of_their_row_alone():
     assert torch.equal(f.uniforms(7, f.SAMPLE, 3, rows=[4, 1], width=4), table[[4, 1]])  # another rank, another batch
     for other in ((8, f.SAMPLE, 3), (7, f.EVALUATE, 3), (7, f.SAMPLE, 4)):
         assert not (f.uniforms(*other, rows=range(6), width=4) == table).any()
-    assert f.uniforms(7, f.SAMPLE, 3, rows=[], width=4).shape == (0, 4)
 
 def test_every_prompt_is_met_once_an_epoch(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", batch_size=16, rollouts_per_prompt=2)
@@ -479,7 +478,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(pair, tmp_path):
     for budget in (10 ** 6, 60, 30, 1):
         run.config.micro_batch_tokens = budget
         seen.append(gradient(run, rollouts))
-        cuts.append(len(f.micro_batches(rollouts.keep.nonzero()[:, 0].tolist(), rollouts.lengths(), budget)))
+        cuts.append(len(f.micro_batches(rollouts.keep.nonzero()[:, 0].tolist(), rollouts.lengths, budget)))
     assert cuts[0] == 1 and cuts[-1] == int(rollouts.keep.sum()) and len(set(cuts)) == 4
     for grads, metrics in seen[1:]:
         assert metrics["loss"] == pytest.approx(seen[0][1]["loss"], rel=1e-5)
@@ -492,7 +491,7 @@ def test_without_filter_and_weights_it_is_plain_distillation_to_the_bit(pair, tm
     grads, _ = gradient(run, rollouts)
     assert rollouts.keep.all() and torch.equal(rollouts.weights, rollouts.response.float())
     run.student.zero_grad()
-    rows = f.micro_batches(list(range(12)), rollouts.lengths(), 8192)[0]
+    rows = f.micro_batches(list(range(12)), rollouts.lengths, 8192)[0]
     ids, mask, teacher = rollouts.batch(rows, rollouts.ids, rollouts.response, rollouts.teacher_log_probs)
     log_probs, _ = run.student(ids, mask)
     advantages = torch.where(mask, teacher - log_probs.detach(), 0)
@@ -591,7 +590,7 @@ def test_metrics_of_three_rollouts_worked_by_hand(pair, tmp_path):
     prompts = [f.Prompt([1], "12", "teacher", ""), f.Prompt([1], "3", "teacher", ""), f.Prompt([1], None, "teacher", "")]
     tokens = torch.tensor([[1, 2, 14], [4, 5, 14], [6, 6, 6]])
     r = f.lay_out(prompts, {14}, tokens, torch.full((3, 3), -1.0), torch.ones(3, 3))
-    assert r.ids.tolist() == [[1, 1, 2, 14], [1, 4, 5, 14], [1, 6, 6, 6]] and r.lengths() == [4, 4, 4]
+    assert r.ids.tolist() == [[1, 1, 2, 14], [1, 4, 5, 14], [1, 6, 6, 6]] and r.lengths == [4, 4, 4]
     r.teacher_log_probs = torch.tensor([[0, -1.0, -1, -1], [0, -2, -2, -2], [0, -4, -4, -4]])
     r.teacher_entropy, r.scores = torch.ones(3, 4), torch.tensor([-1.0, -2, -4])
     figures = f.measure(run, r, {"": torch.tensor([True, True, True]), "/a": torch.tensor([False, True, False])})
@@ -1002,7 +1001,7 @@ def test_a_run_stopped_before_its_first_step_resumes_to_the_same_bits(pair, tmp_
     monkeypatch.setattr(f, "load", lambda *a: f.STOP.set() or load(*a))
     with pytest.raises(SystemExit) as stop:
         f.main(flags(pair, tmp_path / "cut"))
-    assert stop.value.code == 130 and f.checkpoints(tmp_path / "cut")[0].endswith("000000")
+    assert stop.value.code == 130 and f.checkpoints(tmp_path / "cut")[0].name == "checkpoint-000000"
     monkeypatch.undo()
     f.main(flags(pair, tmp_path / "cut", resume=True))
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
@@ -1122,7 +1121,7 @@ def test_two_and_three_ranks_are_the_same_run(pair, tmp_path, ranks, settings):
     cut = weights_of(tmp_path / "cut")
     assert all(torch.equal(many[name], cut[name]) for name in many)
     f.main(flags(pair, tmp_path / "many", **settings | dict(steps=4, resume=True)))
-    assert f.checkpoints(tmp_path / "many")[-1].endswith("000004")
+    assert f.checkpoints(tmp_path / "many")[-1].name == "checkpoint-000004"
 
 def test_a_sharded_student_in_bf16_keeps_its_uniforms_in_float64(pair, tmp_path):
     argv = flags(pair, tmp_path / "out", steps=1, shard=True, dtype="bfloat16")
