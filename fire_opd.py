@@ -856,14 +856,13 @@ def end_ids(model, tokenizer, config, vocabulary):  # the checkpoint's, and the 
 
 def load_model(source, dtype):  # on the host; complete, trainable and saveable
     what = f"{source.name} {source.folder}"
-    with explain(what, "give a complete safetensors checkpoint of a causal LM"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, trust_remote_code=False)
-        if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-            raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
-        if model.base_model is model or "past_key_values" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{type(model).__name__} has no inner model or key/value cache: not supported")
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
+        ignore_mismatched_sizes=True, trust_remote_code=False)
+    if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+        raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
+    if model.base_model is model or "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} has no inner model or key/value cache: not supported")
     if extra := sorted(info["unexpected_keys"]):
         note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
     try:
@@ -883,8 +882,10 @@ def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host
     dtype = torch.bfloat16 if bf16 and not student else torch.float32
     for turn in range(WORLD_SIZE):
         if turn == RANK:
-            model = load_model(source, dtype)
-            policy = Policy(model, end_ids(model, source.tokenizer, config, vocabulary), vocabulary, config)
+            with explain(f"{source.name} {source.folder}", "give a safetensors checkpoint of a causal LM"):
+                model = load_model(source, dtype)
+                ends = end_ids(model, source.tokenizer, config, vocabulary)
+            policy = Policy(model, ends, vocabulary, config)
             lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
             layers = max(lists, key=lambda m: len(list(m.parameters())), default=[])
             for layer in layers if student and config.gradient_checkpointing else ():
