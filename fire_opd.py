@@ -210,9 +210,11 @@ class Config:
     tiny: dict = setting(None, "(JSON only) how the tiny pair is made")
 
 # --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
 CHUNK = 128 if DEVICE == "cpu" else 1024  # tokens that have logits at a time
+STOP = threading.Event()  # set by SIGTERM and SIGINT
 
 def sum_over_ranks(table=torch.zeros(1)):  # of no table: the ranks wait for each other
     """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
@@ -220,8 +222,6 @@ def sum_over_ranks(table=torch.zeros(1)):  # of no table: the ranks wait for eac
     if dist.is_initialized():
         dist.all_reduce(table)
     return table
-
-STOP = threading.Event()  # set by SIGTERM and SIGINT
 
 # --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
 class RolloutCache(DynamicCache):
@@ -412,8 +412,8 @@ def score(run, r):
     for name, teacher in run.teachers.items():
         for rows in micro_batches(r.of_teacher(name), r.lengths, run.config.micro_batch_tokens):
             ids, response = r.batch(rows, r.ids, r.response)
-            log_pi, h = teacher(ids, response)  # [b, L], [b, L]
-            log_probs[rows, :ids.shape[1]], entropy[rows, :ids.shape[1]] = log_pi.cpu(), h.cpu()
+            for table, x in zip((log_probs, entropy), teacher(ids, response)):  # [B, L], [b, l]
+                table[rows, :ids.shape[1]] = x.cpu()
     r.teacher_log_probs, r.teacher_entropy = sum_over_ranks(log_probs), sum_over_ranks(entropy)
     r.scores = trajectory_scores(r.teacher_log_probs, r.response)
 
@@ -462,7 +462,9 @@ def micro_batches(rows, lengths, budget):
 def train(config):
     """A whole run, or with --resume the rest of one. Told to stop, it saves after its step. -> finished?"""
     run = load(config)
-    if not config.resume:
+    newest = read_log(config.output_dir)[-1:] if config.resume and RANK == 0 else []
+    missed = due(run, config.eval_every) and any("loss" in row for row in newest)  # killed after its save
+    if not config.resume or sum_over_ranks(torch.tensor(float(missed))):
         evaluate(run)
     with progress(config.steps, "distil", run.step) as bar:
         # All ranks ask together, so that they stop after the same step.
@@ -474,10 +476,10 @@ def train(config):
                 save_checkpoint(run)
                 raise UserError(f"step {run.step}: three steps without an update (nothing kept, or NaN); "
                                 f"its last good weights are saved; lower --lr, check the teacher")
-            if due(run, config.eval_every):
-                evaluate(run)
             if due(run, config.save_every):
                 save_checkpoint(run)
+            if due(run, config.eval_every):
+                evaluate(run)
     if run.step < config.steps:
         save_checkpoint(run)
     if config.steps:
@@ -517,13 +519,11 @@ def is_correct(response, answer):
     """Whether the last \\boxed{...} is the answer (or its box), else the response or its last number."""
     def boxed(text):  # braces may nest three deep
         return re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", text)[-1:]
-
     def clean(text):
-        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text).replace("dfrac", "frac")
-        text = re.sub(r"\s|\\[ ,!;]|\\?[$%]|\{,\}|\\(left|right)(?![a-z])|(?<=\d),(?=\d{3}(?!\d))", "", text)
+        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", re.sub(r"\s|\\[ ,!;]", "", text)).replace("dfrac", "frac")
+        text = re.sub(r"\\?[$%]|\{,\}|\\(left|right)(?![a-z])|(?<=\d),(?=\d{3}(?!\d))", "", text)
         text = re.sub(r"^(-?)\.", r"\g<1>0.", text.rstrip("."))
         return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", text)
-
     response = response.replace("\u2212", "-")
     answer = clean((boxed(answer) or [answer.split("####")[-1]])[0])
     if boxes := boxed(response):
@@ -532,7 +532,8 @@ def is_correct(response, answer):
     return answer in (clean(response), *map(clean, re.findall(number, response)[-1:]))
 
 def measure(run, r, groups):  # groups {suffix: rows [B] bool} -> {figure + suffix: float}
-    figures, log_ratio = {}, r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
+    figures = {}
+    log_ratio = r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
     ended = (is_eos(r.ids, run.student.eos_ids) & r.response).any(1)  # [B]
     correct = torch.full(ended.shape, nan)  # [B] where an answer is known
     for i, prompt in enumerate(r.prompts):
@@ -556,7 +557,7 @@ def forward_flops(policy, tokens):  # 2 a parameter and token; neither attention
     chosen = getattr(policy.model.config.get_text_config(), "num_experts_per_tok", None)
     active = 0
     for name, p in policy.named_parameters():  # transformers stacks the experts of a layer: [experts, ...]
-        active += p.numel() * chosen / len(p) if chosen and ".experts." in name else p.numel()
+        active += p.numel() * np.mean(chosen) / len(p) if chosen and ".experts." in name else p.numel()
     return 2 * tokens * active
 
 def measure_step(run, r, times):  # of all rows, the kept and the dropped, of weights and speed
@@ -607,8 +608,7 @@ def note(text, follows=None):  # a line of the report at the start: ok, or a war
     say(f"warning  {text}: {follows}" if follows else f"     ok  {text}")
 
 def progress(steps, label, done=0):  # a bar over the steps that are left; on a terminal only
-    hidden = RANK != 0 or not sys.stderr.isatty()
-    return tqdm(range(done, steps), label, steps, initial=done, disable=hidden, leave=False)
+    return tqdm(range(done, steps), label, steps, initial=done, leave=False, disable=RANK > 0 or None)
 
 def report(run, bar, r, metrics):  # to log and screen; at both ends of a run two rollouts
     log(run, metrics)
@@ -657,7 +657,8 @@ def read_log(folder):  # -> rows in the order of the run; those of evaluations h
 
 # --- The command line ---------------------------------------------------------------------------------------
 SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_DIFFER = "output_dir steps eval_every save_every keep rollout_batch_size micro_batch_tokens"  # on resume
+MAY_DIFFER = ("output_dir steps eval_every save_every keep rollout_batch_size micro_batch_tokens "
+              "gradient_checkpointing shard")  # on resume
 
 class UserError(Exception):
     """What is wrong, where, and what to do, in one line."""
@@ -676,7 +677,6 @@ def parse_config(argv=None):
     """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
     def refuse(message):
         raise UserError(f"command line: {message}; see --help")
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     for name, f in SETTINGS.items():
@@ -687,11 +687,11 @@ def parse_config(argv=None):
             parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **kind)
     flags, strange = parser.parse_known_args(argv)
     flags, settings = vars(flags), {}
-    path = flags.get("config")
+    path = flags.get("config", "")
     if not path and not flags.keys() & {"teacher", "student", "prompts", "eval_prompts"}:
         path = Path(__file__).with_name("tiny_config.json")
     if path:
-        with explain(f"config {path}", "it must be a JSON object of settings"):
+        with explain(f"config {path}", "give a JSON object of settings, such as a run's config.json"):
             settings = dict(json.loads(Path(path).read_bytes()).items())
     if isinstance(settings.get("teacher"), str):
         settings["teacher"] = [settings["teacher"]]
@@ -700,7 +700,7 @@ def parse_config(argv=None):
         raise UserError(f"command line, {path}: unknown setting {name[:80]!r}; the nearest is --{near}")
     config = Config(**settings | flags)
     check(config)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir or os.devnull):
         config.resume = True  # torchrun --max-restarts has started us again
     return config
 
@@ -798,7 +798,7 @@ def teacher_paths(config):  # --teacher math=PATH --teacher code=PATH -> {"math"
 
 def open_source(name, path):  # a folder, or the snapshot of a hub name. -> Source
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(path):
         with explain(f"{name} {path}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
             folder = Path(huggingface_hub.snapshot_download(
                 path, etag_timeout=5, allow_patterns="*.safetensors *.json *.jinja *.model *.txt".split()))
@@ -832,9 +832,8 @@ def shared_vocabulary(student, teachers):  # compared id by id: the padded width
     for teacher, theirs in zip(teachers, others):
         wrong = sorted(i for i in ours if theirs.get(i, ours[i]) != ours[i])
         if wrong or not ours.keys() & theirs:
-            raise UserError(f"teacher {teacher.name}: {len(wrong)} of the student's {len(ours)} tokens are "
-                            f"others to it: {[(i, ours[i], theirs[i]) for i in wrong[:2]]}; choose a pair "
-                            f"that shares a vocabulary")
+            raise UserError(f"teacher {teacher.name}: {len(wrong)} of the student's {len(ours)} ids differ: "
+                            f"{[(i, ours[i], theirs[i]) for i in wrong[:2]]}; choose a pair that shares them")
     rows = min(source.config.get_text_config().vocab_size for source in (student, *teachers))
     shared = {i for i in ours if i < rows and all(i in theirs for theirs in others)}
     note(f"vocabulary: {len(shared)} ids are sampled and graded", len(shared) < len(ours) and
@@ -913,6 +912,8 @@ def shard(policy, layers, mesh, student, bf16):
     register_fsdp_forward_method(policy, "sample")
 
 def load(config):  # everything a run needs, what is cheap first, reported line by line. -> Run
+    if lost := [path for path in (config.prompts, config.eval_prompts) if path and not os.path.exists(path)]:
+        raise UserError(f"{lost[0]}: no such file; paths start at the current folder")
     student = open_source("student", config.student)
     teachers = [open_source(name, path) for name, path in teacher_paths(config).items()]
     vocabulary = shared_vocabulary(student, teachers)
@@ -952,8 +953,7 @@ def load_student(run, source, vocabulary, mesh):  # and its optimizer
                                       betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
     if config.resume:
         resume(run, source.folder)
-    # DDP rounds otherwise after its first backward, which lays out its buckets anew, and its second, which
-    # puts the gradients into them: after two empty ones a resumed run goes on to the same bits.
+    # DDP lays out its buckets in its first two backwards and rounds otherwise there: a resumed run must not.
     nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
     for _ in range(2 if run.trained is not student else 0):
         run.trained(nothing, nothing > 0)[0].sum().backward()
@@ -998,9 +998,8 @@ def report_memory(run, longest):  # what a rank needs at its peak, term by term 
         rollout=2 * layers * heads * head_dim * width * min(config.rollout_batch_size, rows) * longest,
         update=saved * tokens + 16 * CHUNK * c.vocab_size)
     need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE
-    if DEVICE == "cuda":
-        there = torch.cuda.mem_get_info()[1]
+    there = torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
     listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
     note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",
          need > there and "this will not fit; the README says what to lower")
@@ -1062,7 +1061,8 @@ def save_checkpoint(run):  # randomness and data position follow from seed and s
     sum_over_ranks()
 
 def resume(run, folder):  # the weights are loaded already
-    run.step, path = int(folder.name[-6:]), Path(run.config.output_dir, "metrics.jsonl")
+    run.step = int(folder.name[-6:])
+    path = Path(run.config.output_dir, "metrics.jsonl")
     with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
         moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
         if moments:
@@ -1145,7 +1145,7 @@ def write_tiny(folder, tiny, seed):
 # --- The command --------------------------------------------------------------------------------------------
 def on_signal(number, frame):
     STOP.set()  # the run stops after its step
-    signal.signal(number, signal.SIG_DFL)  # a second signal ends it at once
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # it comes twice
 
 def set_up(config):
     warnings.simplefilter("ignore")
@@ -1155,9 +1155,9 @@ def set_up(config):
     if DEVICE == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans 23 to 37 ms for every new length: for every token
-    if WORLD_SIZE > 1:  # an hour: longer than any rank has to wait for the slowest one
+    if WORLD_SIZE > 1:  # half a day: longer than any rank has to wait for the longest rollouts of another
         dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=1))
+                                timeout=datetime.timedelta(hours=12))
     STOP.clear()
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)

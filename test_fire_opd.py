@@ -96,7 +96,7 @@ def naive_weights(teacher_entropy, student_entropy, mask, alpha, beta):
     return weights
 
 @pytest.mark.parametrize("seed", range(12))
-def test_weights_average_to_one_in_each_trajectory(seed):
+def test_weights_are_the_formula_and_average_to_one_in_each_trajectory(seed):
     mask, teacher, student, *_ = random_case(seed)
     alpha, beta = (float(x) for x in np.random.default_rng(seed).uniform(0, 3, 2))
     student.requires_grad_(True)
@@ -579,7 +579,7 @@ def test_three_steps_without_a_finite_gradient_stop_the_run_with_its_weights_sav
     ("The answer is $1,234.", "1234", True), ("12 apples, then 7", "12", False), ("blue", "blue", True),
     ("01358", "01358", True), ("\\boxed{1,2}", "12", False), ("it is 1/2", "2", False), ("it is 1/2", "1/2", True),
     ("\\boxed{1,234,567}", "1234567", True), ("\\boxed{", "3", False), ("", "3", False), ("It=18, so", "18", True), ("it is .5", "5", False), ("it is .5", "0.5", True),
-    ("\\boxed{1\\,000}", "\\boxed{1{,}000}", True), ("\\boxed{\\dfrac12}", "so \\boxed{\\frac12}.", True), ("72%", "it is 72.\n#### 72", True),
+    ("\\boxed{1\\,000}", "\\boxed{1{,}000}", True), ("\\boxed{1,\\!000}", "1000", True), ("\\boxed{\\dfrac12}", "so \\boxed{\\frac12}.", True), ("72%", "it is 72.\n#### 72", True),
     ("it is \u22125", "-5", True), ("it is \u22125", "5", False), ("\\boxed{\\$18.50}", "18.5", True), ("3", "3.0", True), ("\\boxed{\\text{no}}", "no", True),
     ("values are 1,2,3", "3", True), ("1,2,3", "123", False), ("it is 1,000", "1000", True), ("about 3-5", "5", True), ("\\boxed{\\left( 3, 4 \\right)}", "(3,4)", True)])
 def test_an_answer_is_the_last_box_or_the_last_number_or_the_whole_response(response, answer, correct):
@@ -982,8 +982,9 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_bit(pair, tmp_path, setti
     settings |= dict(eval_prompts=pair / "prompts.jsonl", eval_every=2, save_every=1, keep=9)
     f.main(flags(pair, tmp_path / "whole", steps=5, **settings))
     f.main(flags(pair, tmp_path / "cut", steps=2, **settings))
-    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 1}\n{"step": 4, "lo')  # what a kill after the checkpoint would leave
+    lines = open(tmp_path / "cut" / "metrics.jsonl").readlines()[:-1]  # a kill before the evaluation of step 2
+    with open(tmp_path / "cut" / "metrics.jsonl", "w") as file:  # or in step 4 would leave this
+        file.writelines([*lines, '{"step": 3, "loss": 1}\n{"step": 4, "lo'])
     f.main(flags(pair, tmp_path / "cut", steps=5, resume=True, **settings))
     same_metrics(log_of(tmp_path / "whole"), [r for r in log_of(tmp_path / "cut")], rel=0, abs=0)
     whole, cut = moments_of(tmp_path / "whole"), moments_of(tmp_path / "cut")
@@ -1075,7 +1076,7 @@ def test_a_signal_and_a_kill_lose_nothing(pair, tmp_path):
     metrics = tmp_path / "cut" / "metrics.jsonl"
     while (not metrics.exists() or len(open(metrics).readlines()) < 4) and time.time() < deadline:
         time.sleep(0.002)
-    run[0].terminate()
+    assert [(run[0].terminate(), time.sleep(0.02)) for _ in range(3)]  # launchers send it more than once
     code, out = end(run, log)
     assert code == {130} and "go on " in out and "error" not in out
     first = f.checkpoints(tmp_path / "cut")[-1]
