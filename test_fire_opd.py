@@ -518,7 +518,7 @@ def test_dropped_trajectories_never_enter_the_students_forward(pair, tmp_path, m
         return forward(ids, response)
     monkeypatch.setattr(run.student, "forward", spy)
     f.update(run, rollouts)
-    assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.response[rollouts.keep].sum())
+    assert int(rollouts.keep.sum()) == 4 and seen == int(rollouts.response[rollouts.keep].sum()) and not rollouts.weights[~rollouts.keep].any()
 
 def test_the_old_policy_is_this_very_pass(pair, tmp_path, monkeypatch):
     seen, loss = [], f.policy_loss
