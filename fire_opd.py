@@ -463,7 +463,7 @@ def train(config):
     """A whole run, or with --resume the rest of one. Told to stop, it saves after its step. -> finished?"""
     run = load(config)
     newest = read_log(config.output_dir)[-1:] if config.resume and RANK == 0 else []
-    missed = due(run, config.eval_every) and any("loss" in row for row in newest)  # killed after its save
+    missed = due(run, config.eval_every) and any("loss" in row for row in newest)  # by a kill after the save
     if not config.resume or sum_over_ranks(torch.tensor(float(missed))):
         evaluate(run)
     with progress(config.steps, "distil", run.step) as bar:
@@ -1143,9 +1143,9 @@ def write_tiny(folder, tiny, seed):
                 file.write(json.dumps(row | {"teacher": tiny["graded_by"][row["group"]]}) + "\n")
 
 # --- The command --------------------------------------------------------------------------------------------
-def on_signal(number, frame):
-    STOP.set()  # the run stops after its step
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)  # it comes twice
+def on_signal(number, frame):  # the run stops after its step
+    STOP.set()  # a second Ctrl-C ends it at once; a second SIGTERM does not, since launchers send it twice
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
 
 def set_up(config):
     warnings.simplefilter("ignore")
