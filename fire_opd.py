@@ -1,72 +1,143 @@
-"""FiRe-OPD, "Filter, then Reweight" (arXiv 2606.02684): on-policy distillation of LLMs in one file.
+"""FiRe-OPD, "Filter, then Reweight" (arXiv 2606.02684): on-policy distillation in one file.
 
-The student writes, the teacher grades every token that the student wrote, the student moves towards the
-teacher. FiRe-OPD adds two selections to this: it drops the trajectories that the teacher finds least likely
-(Filter) and weighs the tokens of the others by how sure the teacher and how unsure the student is (Reweight).
-One step, and where to read it (pi_S: student, pi_T: teacher, H: entropy; max and mean over a rollout y):
+The student writes, the teacher grades every token that the student wrote, the student moves
+towards the teacher. FiRe-OPD adds two selections: it drops the trajectories that the teacher
+finds least likely (Filter), and it weighs the tokens of the others by how sure the teacher and
+how unsure the student is (Reweight). One step (pi_S: student, pi_T: teacher, H: entropy):
 
-  1. rollout    y ~ pi_S(.|x), exactly softmax(logits / temperature), and its H_S,t        rollout
-  2. score      log pi_T(y_t) and H_T,t, the logits in chunks of tokens                    score
-  3. filter     s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the whole step    filter_trajectories
-  4. reweight   w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S), mean 1     token_weights
-  5. loss       policy gradient of w_t A_t with the advantage A_t = log(pi_T / pi_S)       policy_loss
-  6. update     one AdamW step from the kept tokens of all micro-batches and ranks         update
+  1. rollout   y ~ pi_S(.|x), exactly softmax(logits / temperature), and its H_S,t  rollout
+  2. score     log pi_T(y_t) and H_T,t, the logits in chunks of tokens              score
+  3. filter    s = mean_t log pi_T(y_t); keep s >= the step's 20 % quantile    filter_trajectories
+  4. reweight  w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S)       token_weights
+  5. loss      policy gradient of w_t A_t, A_t = log pi_T(y_t) - log pi_S(y_t)      policy_loss
+  6. update    one AdamW step from the kept tokens of all micro-batches and ranks   update
 
-`train_step` puts these together and `train` is the loop around it. There the method ends, and a line says so;
-what follows serves it. `config.x` is the setting --x, of the dataclass `Config`.
+`train_step` puts these together and `train` is the loop around it. There the method ends, and a
+line says so. What follows serves it: fast decoding, flags, metrics, prompts, models, files.
 
-    python fire_opd.py                                           # a tiny pair, no download, under a minute
-    python fire_opd.py --teacher T --student S --prompts P.jsonl                     # real models, one GPU
-    torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl          # eight GPUs
+    python fire_opd.py                               # a tiny pair, no download, under a minute
+    python fire_opd.py --teacher T --student S --prompts P.jsonl                 # real models
+    torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
 
-The pure functions of the method come first and need nothing else of the file: `import fire_opd`, test them.
-Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates a rollout,
-top-k or full-vocabulary divergences, an inference server, learning-rate schedules, logging services.
+Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates a
+rollout, top-k or full-vocabulary divergences, an inference server, learning-rate schedules.
 """
 
-import argparse, collections, dataclasses, datetime, difflib, functools, inspect, json, os, re, shutil, signal
-import sys, threading, time, traceback, warnings
-from contextlib import contextmanager, nullcontext, suppress
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import html
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import typing
+import unicodedata
+import warnings
 from dataclasses import dataclass, field
-from math import ceil, floor, isfinite, nan
 from pathlib import Path
+from typing import Literal
 
-import huggingface_hub, tokenizers, torch
+import huggingface_hub
 import numpy as np
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
 from numpy.random import default_rng
-from torch import Tensor, distributed as dist, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-# --- The method: pure tensor functions, no models, no globals -----------------------------------------------
+# --- Settings: each is a flag, `batch_size` is --batch-size, and a key of the --config file ------
+
+def setting(default, help):
+    """A field of Config: its default, and what --help says of it."""
+    return field(default=default, metadata={"help": help})
+
+@dataclass
+class Config:
+    """The settings of a run. The defaults are the method's; sizes are for one GPU."""
+    filter_percentile: float = setting(20.0, "the filter drops this share of rollouts, in %%")
+    filter_by: Literal["likelihood", "random"] = setting("likelihood", "random: drop as many")
+    alpha: float = setting(1.0, "strength of teacher confidence in the weights")
+    beta: float = setting(1.0, "strength of student confusion in the weights")
+    token_weights: Literal["soft", "hard"] = setting("soft", "hard: the heavier half alone")
+    loss_agg: Literal["token-mean", "seq-mean"] = setting("token-mean", "mean of the loss")
+    temperature: float = setting(1.0, "of student and teacher, in sampling and scoring")
+    batch_size: int = setting(64, "rollouts a step, over all ranks")
+    rollouts_per_prompt: int = setting(1, "rollouts of each prompt in a step")
+    max_new_tokens: int = setting(1024, "longest response")
+    lr: float = setting(1e-6, "constant learning rate of AdamW (betas 0.9 and 0.999)")
+    weight_decay: float = setting(0.01, "decoupled weight decay")
+    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
+    steps: int = setting(100, "steps of training; 0 only evaluates")
+    seed: int = setting(0, "of the order of prompts, sampling and the tiny pair")
+    teacher: list = field(default_factory=list, metadata={
+        "help": "checkpoint folder or hub name; of several teachers each as NAME=PATH"})
+    student: str = setting("", "checkpoint folder or hub name")
+    prompts: str = setting("", "JSON Lines: prompt; optional answer, teacher, domain, tools")
+    eval_prompts: str = setting("", "held-out prompts in the same format")
+    chat_template: Literal["auto", "none"] = setting("auto", "auto: the tokenizer's, if it has one")
+    enable_thinking: bool = setting(False, "passed on to the chat template")
+    max_prompt_tokens: int = setting(1024, "longer prompts are dropped")
+    rollout_batch_size: int = setting(64, "rows generated at once on a rank")
+    micro_batch_tokens: int = setting(8192, "tokens in a forward pass of scoring and update")
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
+    compile: bool = setting(False, "compile scoring and update: a minute at first, then faster")
+    shard: bool = setting(False, "FSDP2 instead of DDP: shard student, optimizer and teachers")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
+    output_dir: str = setting("", "new folder for metrics and checkpoints; default runs/<time>")
+    resume: bool = setting(False, "continue the run in --output-dir; if there is none, start it")
+    eval_every: int = setting(0, "steps between evaluations; 0: before and after the run")
+    save_every: int = setting(0, "steps between checkpoints; 0: at the end")
+    keep: int = setting(2, "checkpoints to keep")
+    config: str = setting("", "JSON file of settings; the command line wins over it")
+    task: str = setting("foreign", "which tiny task of tiny_config.json")
+    tiny: dict = field(default_factory=dict)  # JSON only: how the tiny pair is made
+
+# --- The method: pure tensor functions, no models, no globals ------------------------------------
+
 def upcast(x):
-    """bfloat16 and float16 become float32, float32 and float64 stay: no softmax is taken in less."""
+    """bfloat16 and float16 become float32, float32 and float64 stay: no softmax in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def is_eos(tokens, eos_ids):
-    """Which tokens end a response; several ids may. tokens [...], eos_ids: ints -> [...] bool."""
+    """Which tokens end a response; several ids may. tokens [...] -> bool [...]"""
     return torch.isin(tokens, tokens.new_tensor(sorted(eos_ids)))
 
 def response_mask(tokens, eos_ids):
-    """True up to and including the first end of sequence. tokens [B, T], eos_ids: ints -> [B, T] bool.
+    """True up to and including the first end of sequence. tokens [B, T] -> bool [B, T]
 
-    By position: with pad == eos a comparison with the pad id would lose the EOS that teaches to stop."""
+    By position: where pad == eos, a comparison with pad would lose the EOS that teaches to stop.
+    """
     ends = is_eos(tokens, eos_ids).long()
     return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
 
 def trajectory_scores(teacher_log_probs, response_mask):
-    """s = (1/|y|) sum_t log pi_T(y_t): how likely the teacher finds each trajectory, per token.
+    """s = mean_t log pi_T(y_t): how likely the teacher finds each trajectory, in nats per token.
 
-    teacher_log_probs, response_mask [B, T] -> scores [B] in nats per token. A row without a response scores
-    minus infinity: an empty mean of 0 would be the best score there is."""
+    teacher_log_probs, response_mask [B, T] -> scores [B]. A row without a response scores minus
+    infinity: the 0 of an empty mean would be the best score there is.
+    """
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
     total = upcast(teacher_log_probs).masked_fill(~mask, 0).sum(1)  # [B]
@@ -75,664 +146,1144 @@ def trajectory_scores(teacher_log_probs, response_mask):
 def filter_trajectories(scores, percentile):
     """Filter: keep the trajectories with s >= the `percentile` quantile of all finite scores.
 
-    scores [B] of the WHOLE step: a micro-batch of one row has that row as its quantile, and drops nothing.
-    percentile in [0, 100], else ValueError -> keep [B] bool. Linear interpolation; ties with the quantile
-    stay, 0 keeps every finite score, NaN and infinite scores are never kept."""
+    scores [B] of the WHOLE step -> keep [B] bool: a micro-batch of one row has that row as its
+    quantile and drops nothing. Linear interpolation; ties with the quantile stay, 0 keeps every
+    finite score, NaN and infinite scores are never kept. ValueError if percentile is not in
+    [0, 100].
+    """
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], got {percentile}")
     finite = scores.isfinite()
     if not finite.any():
         return finite
+    # By hand, as torch.quantile interpolates in the scores' own precision and may miss a tie.
     ordered = scores[finite].double().sort().values  # [n]
-    position = round(percentile * (len(ordered) - 1) / 100, 9)  # else 16.1 % of 1000 is 161.00000000000003
-    low, high = ordered[floor(position)], ordered[ceil(position)]
-    return finite & (scores.double() >= low + position % 1 * (high - low))
+    position = percentile * (len(ordered) - 1) / 100
+    position = round(position, 9)  # 161.00000000000003 for 16.1 % of 1000 would drop row 161
+    low = ordered[math.floor(position)]
+    high = ordered[math.ceil(position)]
+    threshold = low + position % 1 * (high - low)
+    return finite & (scores.double() >= threshold)
 
-def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0, scope="trajectory"):
-    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the scope's valid tokens.
+def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0,
+                  scope="trajectory"):
+    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the valid tokens.
 
-    Teacher confidence c_t = clamp(1 - H_T,t / max_t H_T, 0, 1): a teacher that hesitates teaches little.
-    Student confusion  u_t = clamp(H_S,t / max_t H_S, 0, 1): where the student hesitates it has most to learn.
-    Entropies in nats and response_mask, all [B, T] -> weights [B, T], zero off the mask, without gradient.
-    scope: max and mean of each "trajectory" or of the "batch" (the mask tells the rows), else ValueError."""
+    Teacher confidence c_t = 1 - H_T,t / max H_T: a teacher that hesitates teaches little.
+    Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has most to learn.
+    Entropies (nats) and mask [B, T] -> weights [B, T], zero off the mask, without gradient.
+    Maximum and mean are each "trajectory"'s or the whole "batch"'s: `scope`, else ValueError.
+    """
     if scope not in ("trajectory", "batch"):
         raise ValueError(f"scope must be 'trajectory' or 'batch', got {scope!r}")
-    dims = 1 if scope == "trajectory" else (0, 1)
+    dims = (0, 1) if scope == "batch" else 1
     mask = response_mask.bool()
 
-    def relative(entropy):  # H / max H in [0, 1]; 0 / 0 is 0
+    def relative(entropy):
+        """H / max H, in [0, 1]; 0 where all entropies are 0."""
         entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
-        largest = entropy.amax(dims, keepdim=True).clamp(min=torch.finfo(entropy.dtype).tiny)
+        largest = entropy.amax(dims, keepdim=True)
+        largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)
         return (entropy / largest).clamp(0, 1)
 
-    confidence, confusion = 1 - relative(teacher_entropy), relative(student_entropy)  # [B, T]
-    weights = ((1 + alpha * confidence) * (1 + beta * confusion)).masked_fill(~mask, 0)
-    # Mean 1 keeps the step size of plain distillation: the weights only move it from token to token.
-    return weights * mask.sum(dims, keepdim=True) / weights.sum(dims, keepdim=True).clamp(min=1e-12)
+    confidence = 1 - relative(teacher_entropy)  # [B, T]
+    confusion = relative(student_entropy)  # [B, T]
+    weights = (1 + alpha * confidence) * (1 + beta * confusion)
+    weights = weights.masked_fill(~mask, 0)
+    # Mean 1 keeps the step size of plain distillation: weights only move it from token to token.
+    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)
+    return weights * mask.sum(dims, keepdim=True) / total
 
-def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens, clip_ratio=0.2):
-    """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar.
+def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens,
+                clip_ratio=0.2):
+    """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar
 
-    A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL(pi_S || pi_T)
-    at this token. r_t = pi_S / pi_S_old is 1 in value, but not in gradient, where old_log_probs are this very
-    pass's, as in `update`: then the loss is plain REINFORCE and the clip never acts. All tensors [B, T], in
-    nats. num_tokens counts the kept tokens of the whole step, over all micro-batches and ranks, because their
-    gradients ADD: divided by its own count, a short micro-batch would weigh its tokens more."""
+    A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL,
+    KL(pi_S || pi_T). r_t = pi_S / pi_S_old is 1 in value, but not in gradient, if old_log_probs
+    are this very pass's, as in `update`: then this is plain REINFORCE, and the clip never acts.
+    All tensors [B, T]. num_tokens counts the kept tokens of the step, over all micro-batches and
+    ranks, as their gradients ADD: divided by its own count, a short micro-batch would weigh more.
+    """
     mask = mask.bool()
 
-    def valid(x):  # masked before exp(): an infinity off the mask would make the gradient 0 * inf = NaN
+    def valid(x):
+        """0 off the mask, before exp(): an infinity there would make the gradient NaN."""
         return upcast(x).masked_fill(~mask, 0)
 
     advantages = valid((teacher_log_probs - old_log_probs).detach())  # [B, T]
-    weighted = valid(weights.detach()) * advantages  # [B, T]
-    ratio = (valid(log_probs) - valid(old_log_probs.detach())).exp()  # [B, T]
-    objective = torch.minimum(ratio * weighted, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * weighted)
+    weighted = valid(weights.detach()) * advantages
+    ratio = (valid(log_probs) - valid(old_log_probs.detach())).exp()
+    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
+    objective = torch.minimum(ratio * weighted, clipped * weighted)
     return -objective.sum() / num_tokens
 
-def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=128, bias=None,
-                                with_entropy=True):
-    """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), never whole over [N, V].
+def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
+    """log pi(target) and H of one chunk: [n, D], [V, D], [V], [n] -> [n], [n]
 
-    hidden [N, D], lm_head_weight [V, D], targets [N], bias [V] or None -> log_probs [N] (differentiable) and
-    entropy [N] (not; 0 if not wanted), in nats. At 152 k entries the logits of 8,192 tokens are 5 GB, several
-    times over with their gradient. Here only one chunk has logits at a time; backward computes them again."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    Under autocast only the product is rounded, its logits to 8 bits: 0.01 to 0.02 nats of
+    unbiased noise a token. Softmax and entropy are in float32.
+    """
+    logits = upcast(torch.addmm(bias, hidden, lm_head_weight.T))  # [n, V]
+    log_p = logits.log_softmax(1)
+    log_probs = log_p.gather(1, targets[:, None])[:, 0]
+    if not with_entropy:
+        return log_probs, torch.zeros_like(log_probs)
+    log_p = log_p.detach()
+    entropy = -(log_p.exp() * log_p).nansum(1)  # nansum: 0 log 0 is 0
+    return log_probs, entropy
 
-    def one_chunk(h, y):  # [chunk, D], [chunk]
-        # W is cast in each chunk anew: so the chunks' gradients of the student's W add up in its float32.
-        logits = upcast((h / temperature).to(dtype) @ lm_head_weight.to(dtype).T)  # [chunk, V]
-        log_p = (logits if bias is None else logits + bias / temperature).log_softmax(1)
-        log_probs = log_p.gather(1, y[:, None])[:, 0]  # backward computes again up to here
-        log_p = log_p.detach()  # nansum: 0 log 0 is 0
-        return log_probs, -log_p.exp().mul_(log_p).nansum(1) if with_entropy else torch.zeros_like(log_probs)
+def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=None,
+                                bias=None, with_entropy=True, chunk_function=chunk_log_probs):
+    """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), by chunks.
 
-    parts = [checkpoint(one_chunk, h, y, use_reentrant=False, preserve_rng_state=False)
-             for h, y in zip(hidden.split(chunk), targets.split(chunk))]
-    log_probs, entropy = zip(*parts)
+    hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N] (differentiable)
+    and entropy [N] (not; 0 if not wanted), in nats. At 152 k entries the logits of 8,192 tokens
+    take 5 GB, several times over with their gradient. So only one chunk has logits at a time, and
+    the backward pass computes them again. `chunk` tokens; by default max(128, D), as each chunk
+    adds a [V, D] to the gradient of W: fewer tokens would spend more on that than on their logits.
+    """
+    if chunk is None:
+        chunk = max(128, hidden.shape[1])
+    if bias is None:
+        bias = hidden.new_zeros(len(lm_head_weight))
+    log_probs, entropy = [], []
+    for h, y in zip(hidden.split(chunk), targets.split(chunk)):
+        chunk_result = checkpoint(
+            chunk_function, h / temperature, lm_head_weight, bias / temperature, y, with_entropy,
+            use_reentrant=False, preserve_rng_state=False)
+        log_probs.append(chunk_result[0])
+        entropy.append(chunk_result[1])
     return torch.cat(log_probs), torch.cat(entropy)
 
 def sample_tokens(logits, uniforms, temperature=1.0):
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u is a draw from pi.
+    """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
-    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. Given u the sampler is a
-    function: no generator state to save or share. The sum is in float64 and u is scaled by its end: in
-    float32 a sum over 152 k entries ends short of 1, and a u beyond it would be no token at all. NaN logits
-    give the last token and a NaN log-prob, for `update` to find."""
+    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. Given u, sampling
+    is a function: there is no generator state to save or to share. In float64, and u scaled by the
+    end of the sum: in float32 a sum over 152 k entries ends short of 1.
+    """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
     points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
-    tokens = torch.searchsorted(cdf, points[:, None], right=True)  # [B, 1]; right: skips probability 0
-    tokens = tokens.clamp(max=logits.shape[1] - 1)
-    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log(), -(probs * probs.log()).nansum(1)
+    tokens = torch.searchsorted(cdf, points[:, None], right=True)  # right: skips probability 0
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; beyond only if the logits are NaN
+    log_probs = probs.gather(1, tokens)[:, 0].log()
+    entropy = -(probs * probs.log()).nansum(1)
+    return tokens[:, 0], log_probs, entropy
 
-# --- Settings: a line a flag; parsing and checks stand at the end -------------------------------------------
-def setting(default, text, low=None, high=10**9, choices=None):  # low and high are inclusive
-    return field(default=default, metadata=dict(text=text, low=low, high=high, choices=choices))
+# Two controls, which the method has to beat.
 
-@dataclass
-class Config:
-    filter_percentile: float = setting(20.0, "the filter's quantile of the trajectory scores, in %", 0, 100)
-    filter_by: str = setting("likelihood", "random: drop as many at random", choices=("likelihood", "random"))
-    alpha: float = setting(1.0, "strength of teacher confidence in the weights", 0)
-    beta: float = setting(1.0, "strength of student confusion in the weights", 0)
-    token_weights: str = setting("soft", "hard: the heavier half", choices=("soft", "hard", "shuffled"))
-    loss_agg: str = setting("token-mean", "what the loss is a mean over", choices=("token-mean", "seq-mean"))
-    temperature: float = setting(1.0, "of student and teacher, sampling and scoring", 1e-6)
-    batch_size: int = setting(64, "rollouts a step, over all ranks", 1, 10**6)
-    rollouts_per_prompt: int = setting(1, "rollouts of each prompt in a step", 1)
-    max_new_tokens: int = setting(1024, "longest response, in tokens", 1, 10**6)
-    lr: float = setting(1e-6, "constant learning rate of AdamW (betas 0.9, 0.999)", 1e-12)
-    weight_decay: float = setting(0.01, "decoupled weight decay", 0)
-    max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm", 1e-6)
-    steps: int = setting(100, "steps; 0 checks everything, evaluates and stops", 0, 999999)
-    seed: int = setting(0, "of prompt order, sampling and the tiny pair", 0, 2**32 - 1)
-    teacher: list = setting((), "checkpoint folder or hub name; of several each as NAME=PATH")
-    student: str = setting("", "checkpoint folder or hub name")
-    prompts: str = setting("", "JSON Lines: prompt or problem; optional answer, teacher, group, tools")
-    eval_prompts: str = setting("", "held-out prompts in the same format")
-    chat_template: str = setting("auto", "auto: the tokenizer's, if any", choices=("auto", "none"))
-    enable_thinking: bool = setting(False, "passed on to the chat template")
-    max_prompt_tokens: int = setting(1024, "longer prompts are dropped", 1)
-    rollout_batch_size: int = setting(64, "rows generated at once on a rank", 1)
-    micro_batch_tokens: int = setting(8192, "tokens in a forward pass of scoring and update", 1)
-    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
-    shard: bool = setting(False, "FSDP2 instead of DDP: shard student, optimizer, teachers")
-    dtype: str = setting("bfloat16" if torch.cuda.is_available() else "float32", "of teachers and products",
-                         choices=("float32", "bfloat16"))
-    output_dir: str = setting("", "new folder for metrics and checkpoints [runs/<time>]")
-    resume: bool = setting(False, "continue the newest checkpoint in --output-dir")
-    eval_every: int = setting(0, "steps between evaluations [0: before and after]", 0)
-    save_every: int = setting(0, "steps between checkpoints [0: at the end]", 0)
-    keep: int = setting(2, "checkpoints to keep", 1)
-    config: str = setting("", "JSON file of settings; the command line wins over it")
-    task: str = setting("foreign", "which tiny task of tiny_config.json")
-    tiny: dict = setting(None, "(JSON only) how the tiny pair is made")
+def random_scores(scores, noise):
+    """A control for the filter: as many rows go, but at random. scores, noise [B] -> [B]"""
+    return noise.masked_fill(~scores.isfinite(), math.nan)
 
-# --- Ranks: torchrun starts one process a GPU; each writes, grades and trains its share of the rows ---------
+def hard_weights(weights, response_mask):
+    """A control for soft weights: the heavier half of each row's tokens, all alike, mean 1.
+
+    weights, response_mask [B, T] -> [B, T], zero off the mask.
+    """
+    length = response_mask.sum(1, keepdim=True)  # [B, 1]
+    half = (length + 1) // 2
+    heaviest_first = weights.argsort(dim=1, descending=True, stable=True)
+    rank = heaviest_first.argsort(1)  # [B, T], 0 is the heaviest; off the mask all come last
+    return (rank < half) * length / half.clamp(min=1)
+
+# --- Ranks: torchrun starts one process a GPU, each takes its share of the rows ------------------
+
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
-CHUNK = 128 if DEVICE == "cpu" else 1024  # tokens that have logits at a time
-STOP = threading.Event()  # set by SIGTERM and SIGINT
+STOP = threading.Event()  # set by Ctrl-C and other signals: stop after this step
 
-def sum_over_ranks(table=torch.zeros(1)):  # of no table: the ranks wait for each other
-    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a zeroed [B, T] table: the
-    sum is the whole table, to the bit, and from it all ranks compute the same filter, weights and metrics."""
-    if dist.is_initialized():
-        dist.all_reduce(table)
+@functools.cache
+def host_group():
+    """The ranks, by Gloo, for what lies on the CPU. They may have to wait half a day for each
+    other's longest rollouts; the group of the models keeps its own, shorter time. All ranks make
+    it together, at their first broadcast."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+
+def sum_over_ranks(table):
+    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a table of zeros:
+    the sum is the whole table, to the bit, and all ranks compute the same filter from it."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(table, group=host_group())
     return table
 
-# --- Policies: a causal LM, teacher or student, as the method sees it ---------------------------------------
-class RolloutCache(DynamicCache):
-    """Keys and values in the type of the values: under autocast rotary embeddings leave the keys in float32,
-    the cache would follow them, and all of it be cast to bfloat16 again for every token."""
-    def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(values.dtype), values, *args, **kwargs)
+def any_rank(flag):
+    """Whether it is true on any rank: so that all ranks take the same branch."""
+    return sum_over_ranks(torch.tensor(float(flag))).item() > 0
+
+def barrier():
+    """Go on when all ranks have come here."""
+    any_rank(False)
+
+def broadcast(value):
+    """What rank 0 has, on all ranks."""
+    box = [value]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(box, src=0, group=host_group())
+    return box[0]
+
+# --- Policies: a causal language model, teacher or student, as the method sees it ----------------
 
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature."""
-    SEGMENT = 64  # tokens between two looks at which rows have ended
+    segment = 64  # tokens between two looks at which rows have ended
 
     def __init__(self, model, eos_ids, vocabulary, config):
         super().__init__()
-        self.model, self.eos_ids, self.temperature = model, eos_ids, config.temperature
-        # Embeddings are padded: the rows beyond the shared vocabulary, or at a gap in it, are no tokens.
-        self.vocab_size = max(vocabulary) + 1  # V
-        gaps = [i for i in range(self.vocab_size) if i not in vocabulary]
-        self.gaps = torch.tensor(gaps, dtype=torch.long, device=DEVICE)
-        self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, config.dtype == "bfloat16")
+        self.model = model
+        self.eos_ids = eos_ids
+        self.temperature = config.temperature
+        self.autocast_to_bf16 = compute_dtype(config) == torch.bfloat16
+        # Under FSDP the gathers of weights would be captured too, which was not tried.
+        self.capture = DEVICE == "cuda" and not is_sharded(config)
+        # The head may have more rows than there are tokens, and gaps between. They get a bias of
+        # minus infinity; they are not cut off, because a GPU is slow with an odd number of rows.
+        head = model.get_output_embeddings().weight
+        no_tokens = torch.full((len(head),), -torch.inf, device=head.device)
+        no_tokens[sorted(vocabulary)] = 0
+        self.register_buffer("no_tokens", no_tokens, persistent=False)  # [V]
+        self.chunk_function = chunk_log_probs
+        if config.compile:
+            self.chunk_function = torch.compile(chunk_log_probs, dynamic=True)
+            for block in blocks(model):
+                block.compile(dynamic=True)
 
-    def forward(self, ids, response):
-        """log pi(y_t) and, without gradients, H_t of the response. ids, response bool, both returns [b, L]"""
+    def autocast(self):
+        """Products in bfloat16, all else as it is. The weights are cast once, for all that is
+        computed inside, such as all tokens of a rollout."""
+        return torch.autocast(DEVICE, torch.bfloat16, self.autocast_to_bf16)
+
+    def forward(self, ids, mask):
+        """log pi(y_t) and, without gradients, H_t. ids, response mask, returns: all [b, L]"""
         with self.autocast():
-            # Padding is on the right, where the real tokens of a causal model cannot see it: no mask needed.
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [b, L, D]
-            hidden = hidden[:, :-1][response[:, 1:]]  # [n, D]: position t - 1 predicts token t
+            # Padding is on the right, where real tokens of a causal model cannot see it: no mask.
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = hidden[:, :-1][mask[:, 1:]]  # [n, D]: position t - 1 predicts token t
             head = self.model.get_output_embeddings()
-            bias = getattr(head, "bias", None)
-            if bias is not None or len(self.gaps):
-                bias = torch.zeros(self.vocab_size, device=DEVICE) if bias is None else bias[:self.vocab_size]
-                bias = bias.index_fill(0, self.gaps, -torch.inf)
-            flat = token_log_probs_and_entropy(  # [n], [n]
-                hidden, head.weight[:self.vocab_size], ids[response], self.temperature, CHUNK, bias,
-                with_entropy=not torch.is_grad_enabled())  # an update needs none
-        return [x.new_zeros(ids.shape).masked_scatter(response, x) for x in flat]
+            weight, bias = head.weight, self.no_tokens
+            if getattr(head, "bias", None) is not None:
+                bias = bias + head.bias
+            if torch.is_grad_enabled():
+                weight = upcast(weight)  # FSDP's may be bf16, in which the chunks' gradients add
+            log_probs, entropy = token_log_probs_and_entropy(  # [n]
+                hidden, weight, ids[mask], self.temperature, bias=bias,
+                with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
+        zeros = log_probs.new_zeros(ids.shape)  # the n tokens go back to where the mask took them
+        return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
-    def sample(self, prompts, uniforms):
-        """One response to each prompt: b lists of ids, uniforms [b, T] -> tokens, log_probs, entropy [b, T].
-        What follows a row's EOS means nothing. Rows that have ended leave the batch and its cache now and
-        then: a batch must not pay b times for its longest row."""
-        assert uniforms.dtype == torch.float64  # rounded to less, one could be 1
+    def sample(self, prompts, uniforms, bar=None):
+        """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
+        -> tokens, log_probs, entropy, all [b, T]; what follows a row's EOS means nothing."""
+        b, T = uniforms.shape
         uniforms = uniforms.to(DEVICE)
-        b, length = uniforms.shape
-        pad = functools.partial(pad_sequence, batch_first=True, padding_side="left")
-        prompts = [torch.tensor(prompt, device=DEVICE) for prompt in prompts]
-        ids, attention = pad(prompts), pad([torch.ones_like(prompt) for prompt in prompts])  # [b, width]
-        tokens = torch.zeros(b, length, dtype=torch.long, device=DEVICE)
-        log_probs, entropy = torch.zeros(2, b, length, device=DEVICE)
-        rows = torch.arange(b, device=DEVICE)
-        cache = RolloutCache(config=self.model.config)
-        with self.autocast():  # keeps the bf16 weights that it casts for all tokens of this call
-            for t in range(length):
-                if t and t % self.SEGMENT == 0:
-                    going = (~is_eos(tokens[rows, :t], self.eos_ids).any(1)).nonzero()[:, 0]  # of n rows here
-                    if not len(going):
-                        break
-                    ids, attention, rows = ids[going], attention[going], rows[going]
-                    cache.reorder_cache(going)
-                logits = self.model(
-                    input_ids=ids, attention_mask=attention, past_key_values=cache, use_cache=True,
-                    position_ids=(attention.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:],  # left padding
-                    logits_to_keep=1).logits[:, -1, :self.vocab_size]  # [n, V]
-                logits.index_fill_(1, self.gaps, -torch.inf)
-                tokens[rows, t], log_probs[rows, t], entropy[rows, t] = sample_tokens(
-                    logits, uniforms[rows, t], self.temperature)  # [n]
-                ids = tokens[rows, t:t + 1]  # [n, 1]
-                attention = torch.cat([attention, torch.ones_like(ids)], 1)
+        tokens = torch.zeros(b, T, dtype=torch.long, device=DEVICE)
+        log_probs, entropy = torch.zeros(2, b, T, device=DEVICE)
+        rows = torch.arange(b, device=DEVICE)  # [n], those that are still being written
+        ids, attention = left_padded(prompts)  # [n, width]; later ids is the last token, [n, 1]
+        width = ids.shape[1]
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # from a row's first real token
+        t = torch.zeros(1, dtype=torch.long, device=DEVICE)  # which token is being written
+        cache = RolloutCache(self.model, position=t + width - 1)
+        # In what follows ids, attention, positions and rows are made anew when rows leave the
+        # batch; between that, every step writes into the same tensors.
+
+        def draw(visible):
+            """Token t of each row, drawn after ids. -> [n, 1]"""
+            logits = self.model(
+                input_ids=ids, attention_mask=visible, position_ids=positions,
+                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+            drawn = sample_tokens(
+                logits + self.no_tokens, uniforms[rows, t], self.temperature)  # [n] each
+            tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn
+            return drawn[0][:, None]
+
+        def step():
+            """The next token of each row, in place, so that a CUDA graph can play it again."""
+            t.add_(1)
+            cache.position.add_(1)
+            attention.index_fill_(1, cache.position, True)
+            ids.copy_(draw(cache.mask(attention)))
+            positions.add_(1)
+
+        # Decoding stays eager: blocks that are compiled were compiled for whole sequences.
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
+            ids = draw(attention)
+            positions = positions[:, -1:] + 1
+            for start in range(1, T, self.segment):
+                # A batch must not pay b times for its longest row: those that ended leave it.
+                ended = is_eos(tokens[rows, :start], self.eos_ids).any(1)
+                going = (~ended).nonzero()[:, 0]
+                if bar is not None:
+                    bar.update(len(rows) - len(going))
+                    bar.set_postfix_str(f"{start} tokens")
+                if len(going) == 0:
+                    break
+                ids, positions, rows = ids[going], positions[going], rows[going]
+                steps = min(self.segment, T - start)
+                attention = cache.make_room(attention, going, width + start - 1, steps)
+                repeat(step, steps, self.capture and cache.roomy)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
 
-# --- One step: rollout, score, filter, reweight, update -----------------------------------------------------
-SAMPLE, EVALUATE, ORDER, FILTER, SHUFFLE, PRETRAIN = range(6)  # of a seed's key, one number a purpose
+# --- One step: rollout, score, filter, reweight, update ------------------------------------------
 
-def uniforms(seed, *key, rows=(0,), width):
-    """Uniforms in [0, 1), [b, width] float64. Row i's are a function of (seed, key, i) alone, not of rank,
-    batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the rounding of floats, all
-    arms of a comparison meet the same randomness, and resuming restores no generator."""
-    drawn = [default_rng((seed, *key, i)).random(width) for i in rows]
+SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5  # the purposes of random numbers
+
+def stateless_uniforms(key, rows, width):
+    """Uniforms in [0, 1), float64 [b, width]: row i's are a function of (key, i) alone.
+
+    Not of rank, batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the
+    rounding of floats, and resuming has no generator to restore. key: (seed, purpose, step).
+    """
+    drawn = [default_rng((*key, i)).random(width) for i in rows]
     return torch.tensor(np.array(drawn))
 
 @dataclass
 class Prompt:
+    """A line of the prompt file."""
     ids: list  # token ids, the same for the student and its teacher
     answer: str  # None if unknown
     teacher: str  # the name of the teacher that grades it
-    group: str  # evaluation figures are also given per group
+    domain: str  # evaluations also give the figures of each domain
 
 @dataclass
 class Run:
-    """What a run holds: filled by `load`, used by every phase."""
-    config: Config
+    """What a run holds, as `load` has made it. `run.config.x` is the setting --x."""
+    settings: Config  # as the user gave them
+    config: Config  # the same, but for a tiny pair, whose folders are filled in
     tokenizer: object
-    prompts: list
+    prompts: list  # of Prompt
     eval_prompts: list
-    student: Policy = None
-    trained: nn.Module = None  # the student as the update sees it: plain, in DDP, or sharded
+    student: Policy
+    trained: nn.Module  # the student as the update sees it: the same, or in DDP
+    optimizer: torch.optim.Optimizer
+    files: dict  # name -> bytes: what a checkpoint takes along from the student's
     teachers: dict = field(default_factory=dict)  # name -> Policy
-    optimizer: torch.optim.Optimizer = None
     step: int = 0  # steps done
-    failures: int = 0  # consecutive steps without an update
+    evaluated: int = -1  # the step of the last evaluation
 
 @dataclass
 class Rollouts:
-    """The trajectories of one step as tables on the CPU, the same on every rank. Prompt and response of a row
-    are padded on the right to [B, L]; a figure stands at the token that it is of, and 0 off the responses."""
+    """The trajectories of one step, as tables on the CPU that are the same on every rank: prompt
+    and response, padded on the right to [B, L]. log_probs[i, t] is that of ids[i, t], with no
+    shift by one, and 0 off the response; so in all tables."""
     prompts: list  # B prompts
-    lengths: list  # B numbers of tokens, prompt + response
+    lengths: list  # B numbers of tokens, prompt and response
     ids: Tensor  # [B, L]
-    response: Tensor  # [B, L] bool, the response mask
-    log_probs: Tensor  # [B, L] log pi_S(y_t) of the sampler
-    student_entropy: Tensor  # [B, L] H_S,t of the sampler
-    teacher_log_probs: Tensor = None  # [B, L]
-    teacher_entropy: Tensor = None  # [B, L]
-    scores: Tensor = None  # [B]
-    keep: Tensor = None  # [B] bool
-    weights: Tensor = None  # [B, L], 0 if dropped
+    mask: Tensor  # [B, L] bool, the response mask
+    log_probs: Tensor  # [B, L] log pi_S(y_t), as sampled: for the metrics, not for the loss
+    student_entropy: Tensor  # [B, L] H_S,t, as sampled
 
-    def of_teacher(self, name):  # the rows that it grades
-        return [i for i, prompt in enumerate(self.prompts) if prompt.teacher == name]
+    def select(self, table, rows):
+        """These rows of a table [B, L], on the device, as wide as the longest."""
+        if not rows:  # a rank without rows still takes part, with a row that is all masked
+            return table.new_zeros(1, 2).to(DEVICE)
+        width = max(self.lengths[i] for i in rows)
+        return table[rows, :width].to(DEVICE)
 
-    def batch(self, rows, *tables):
-        """These rows of some tables, on the device, as wide as the longest; of no rows one row of zeros."""
-        width = max([self.lengths[i] for i in rows], default=2)
-        tables = [table[rows or [0], :width].to(DEVICE) for table in tables]
-        return tables if rows else [torch.zeros_like(table) for table in tables]
+@dataclass
+class Graded:
+    """Rollouts, and what teacher, filter and weights have made of them."""
+    rollouts: Rollouts
+    teacher_log_probs: Tensor  # [B, L] log pi_T(y_t)
+    teacher_entropy: Tensor  # [B, L] H_T,t
+    scores: Tensor  # [B]
+    keep: Tensor  # [B] bool
+    weights: Tensor  # [B, L], zero in dropped rows; None in an evaluation
 
 def train_step(run):
-    """One step of FiRe-OPD. -> rollouts, metrics"""
-    config, times = run.config, [clock()]
-    r = rollout(run, step_prompts(run), SAMPLE, run.step)  # 1. the student writes
-    times.append(clock())
-    score(run, r)  # 2. the teacher grades
-    times.append(clock())
-    scores = random_scores(run, r) if config.filter_by == "random" else r.scores
-    r.keep = filter_trajectories(scores, config.filter_percentile)  # 3. filter
-    r.weights = token_weights(r.teacher_entropy, r.student_entropy, r.response & r.keep[:, None],
-                              config.alpha, config.beta)  # 4. reweight
-    if config.token_weights != "soft":
-        r.weights = control_weights(run, r)
-    metrics = update(run, r)  # 5. loss, 6. update
-    times.append(clock())
-    return r, dict(step=run.step + 1) | metrics | measure_step(run, r, times)
+    """One step of FiRe-OPD. -> Graded, metrics"""
+    config = run.config
+    stopwatch = Stopwatch()
+    # 1. the student writes
+    rollouts = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
+    stopwatch.lap("rollout")
+    # 2. the teacher grades
+    teacher_log_probs, teacher_entropy = score(run, rollouts)  # [B, L]
+    stopwatch.lap("score")
+    # 3. filter
+    scores = trajectory_scores(teacher_log_probs, rollouts.mask)  # [B]
+    keep = filter_trajectories(ranking(run, scores), config.filter_percentile)  # [B]
+    # 4. reweight
+    mask = rollouts.mask & keep[:, None]  # [B, L]
+    weights = token_weights(
+        teacher_entropy, rollouts.student_entropy, mask, config.alpha, config.beta)
+    if config.token_weights == "hard":
+        weights = hard_weights(weights, mask)
+    # 5. loss, 6. update
+    metrics = update(run, rollouts, teacher_log_probs, keep, weights)
+    stopwatch.lap("update")
+    graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, keep, weights)
+    return graded, metrics | measure_step(run, graded, stopwatch)
+
+def ranking(run, scores):
+    """What the filter ranks by: the scores, or as a control random numbers. -> [B]"""
+    if run.config.filter_by == "likelihood":
+        return scores
+    noise = stateless_uniforms((run.config.seed, FILTER, run.step), [0], len(scores))
+    return random_scores(scores, noise[0])
 
 def step_prompts(run):
-    """The prompts of this step: each epoch is a fresh permutation of all of them."""
-    config, n, chosen = run.config, len(run.prompts), []
+    """The prompts of this step. Each epoch is a fresh permutation of all of them."""
+    config = run.config
+    n = len(run.prompts)
     count = config.batch_size // config.rollouts_per_prompt
     epoch, start = divmod(run.step * count, n)
+    chosen = []
     while len(chosen) < count:
         order = default_rng((config.seed, ORDER, epoch)).permutation(n)
-        chosen += order[start:start + count - len(chosen)].tolist()
+        chosen.extend(order[start:start + count - len(chosen)])
         epoch, start = epoch + 1, 0
     return [run.prompts[i] for i in chosen for _ in range(config.rollouts_per_prompt)]
 
-def rollout(run, prompts, *key):
+def rollout(run, prompts, key):
     """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts"""
-    config, B, T = run.config, len(prompts), run.config.max_new_tokens
+    config = run.config
+    B, T = len(prompts), config.max_new_tokens
     tokens = torch.zeros(B, T, dtype=torch.long)
     log_probs, entropy = torch.zeros(2, B, T)
-    mine = range(RANK, B, WORLD_SIZE)
-    for start in range(0, len(mine), config.rollout_batch_size):
-        rows = list(mine[start:start + config.rollout_batch_size])
-        tokens[rows], log_probs[rows], entropy[rows] = run.student.sample(
-            [prompts[i].ids for i in rows], uniforms(config.seed, *key, rows=rows, width=T))
+    share = list(range(RANK, B, WORLD_SIZE))
+    with progress("rollout", total=len(share)) as bar:
+        for start in range(0, len(share), config.rollout_batch_size):
+            rows = share[start:start + config.rollout_batch_size]
+            ids = [prompts[i].ids for i in rows]
+            uniforms = stateless_uniforms(key, rows, T)
+            tokens[rows], log_probs[rows], entropy[rows] = run.student.sample(ids, uniforms, bar)
     for table in (tokens, log_probs, entropy):
         sum_over_ranks(table)
     return lay_out(prompts, run.student.eos_ids, tokens, log_probs, entropy)
 
 def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
-    """Move the sampler's tables [B, T] behind their prompts. -> Rollouts, with tables [B, L]"""
-    mask = response_mask(tokens, eos_ids)  # [B, T]
+    """Put the sampler's tables [B, T] behind their prompts, as tables [B, L]. -> Rollouts"""
+    valid = response_mask(tokens, eos_ids)  # [B, T]
+    starts = torch.tensor([[len(prompt.ids)] for prompt in prompts])  # [B, 1]
+    ends = starts + valid.sum(1, keepdim=True)
+    positions = torch.arange(int(ends.max()))  # [L]
+    mask = (starts <= positions) & (positions < ends)  # [B, L]
 
-    def behind_prompts(table):  # [B, T] -> [B, L]
-        return pad_sequence([torch.cat([table.new_zeros(len(prompt.ids)), row[valid]])
-                             for prompt, row, valid in zip(prompts, table, mask)], batch_first=True)
+    def behind_prompts(table):
+        return table.new_zeros(mask.shape).masked_scatter(mask, table[valid])
 
-    lengths = [len(prompt.ids) + n for prompt, n in zip(prompts, mask.sum(1).tolist())]
-    r = Rollouts(prompts, lengths, *map(behind_prompts, (tokens, mask, log_probs, entropy)))
-    for ids, prompt in zip(r.ids, prompts):
-        ids[:len(prompt.ids)] = torch.tensor(prompt.ids)
-    return r
+    ids = behind_prompts(tokens)
+    for row, prompt in zip(ids, prompts):
+        row[:len(prompt.ids)] = torch.tensor(prompt.ids)
+    return Rollouts(prompts, ends[:, 0].tolist(), ids, mask, behind_prompts(log_probs),
+                    behind_prompts(entropy))
 
 @torch.no_grad()
-def score(run, r):
-    """Step 2. Each row's own teacher gives log pi_T(y_t) and H_T,t; their means are the trajectory scores."""
-    log_probs, entropy = torch.zeros(2, *r.ids.shape)  # [B, L]
+def score(run, rollouts):
+    """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, L]"""
+    log_probs, entropy = torch.zeros(2, *rollouts.ids.shape)
     for name, teacher in run.teachers.items():
-        for rows in micro_batches(r.of_teacher(name), r.lengths, run.config.micro_batch_tokens):
-            ids, response = r.batch(rows, r.ids, r.response)
-            for table, x in zip((log_probs, entropy), teacher(ids, response)):  # [B, L], [b, l]
-                table[rows, :ids.shape[1]] = x.cpu()
-    r.teacher_log_probs, r.teacher_entropy = sum_over_ranks(log_probs), sum_over_ranks(entropy)
-    r.scores = trajectory_scores(r.teacher_log_probs, r.response)
+        rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
+        for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
+            ids = rollouts.select(rollouts.ids, micro)  # [b, l]
+            mask = rollouts.select(rollouts.mask, micro)
+            teacher_log_probs, teacher_entropy = teacher(ids, mask)
+            log_probs[micro, :ids.shape[1]] = teacher_log_probs.cpu()
+            entropy[micro, :ids.shape[1]] = teacher_entropy.cpu()
+    return sum_over_ranks(log_probs), sum_over_ranks(entropy)
 
-def update(run, r):
-    """Steps 5 and 6, on the kept trajectories: the others never enter the student's forward. -> metrics
-    Their gradient is summed up in micro-batches that fit into memory. However they are cut, over these and
-    over ranks, it is the same: what divides it is counted before the cut."""
-    config, loss = run.config, torch.zeros(())
-    rows = r.keep.nonzero()[:, 0].tolist()
-    weights, count = r.weights, int(r.response[rows].sum())
+def update(run, rollouts, teacher_log_probs, keep, weights):
+    """Steps 5 and 6, from kept trajectories: the others never enter the student's forward.
+
+    Their gradient is summed over micro-batches that fit into memory, and over ranks. It does not
+    depend on the cuts, since what divides it is counted before. keep [B], tables [B, L] -> metrics
+    """
+    config = run.config
+    rows = keep.nonzero()[:, 0].tolist()
+    count = int(rollouts.mask[rows].sum())
     if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
-        weights, count = weights / r.response.sum(1, keepdim=True).clamp(min=1), len(rows)
-    micros = micro_batches(rows, r.lengths, config.micro_batch_tokens)
-    ddp = isinstance(run.trained, DistributedDataParallel)
+        weights = weights / rollouts.mask.sum(1, keepdim=True).clamp(min=1)
+        count = len(rows)
+    loss = torch.zeros(())
+    in_ddp = run.trained is not run.student
+    micros = micro_batches(rows, rollouts.lengths, config.micro_batch_tokens)
     for micro in micros:
-        ids, response, teacher, w = r.batch(micro, r.ids, r.response, r.teacher_log_probs, weights)  # [b, L]
-        # DDP exchanges gradients in the last backward only; no_sync must surround forward AND backward.
-        with run.trained.no_sync() if ddp and micro is not micros[-1] else nullcontext():
-            log_probs, _ = run.trained(ids, response)  # [b, L]
-            # This very pass is the old policy too: its log-probs make the ratio 1, the sampler's would not.
-            part = policy_loss(log_probs, log_probs.detach(), teacher, w, response, count)
-            (part * WORLD_SIZE).backward()  # DDP and FSDP average over the ranks; these losses add
+        ids = rollouts.select(rollouts.ids, micro)  # [b, l]
+        mask = rollouts.select(rollouts.mask, micro)
+        teacher = rollouts.select(teacher_log_probs, micro)
+        if in_ddp:  # it need only exchange gradients in the last backward; set before the forward
+            run.trained.require_backward_grad_sync = micro is micros[-1]
+        log_probs, _ = run.trained(ids, mask)  # [b, l]
+        # The ratio's old policy is this very pass, not the sampler: the two round differently,
+        # and a ratio that is not exactly 1 would add noise to every gradient.
+        part = policy_loss(
+            log_probs, log_probs.detach(), teacher, rollouts.select(weights, micro), mask, count)
+        (part * WORLD_SIZE).backward()  # DDP and FSDP average over ranks; these losses add
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
-    norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # of a sharded student
-    updated = bool(rows) and isfinite(loss + norm) and bool(r.log_probs.isfinite().all())
-    if updated:  # else the parameters stay as they are
+    norm = clip_gradient(run)
+    finite = math.isfinite(loss + norm) and bool(rollouts.log_probs.isfinite().all())
+    if finite and rows:
         run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=not ddp)  # DDP's buckets are the gradients: not twice
-    return dict(loss=loss if updated else nan, grad_norm=norm, skipped_updates=int(not updated))
+    else:
+        loss = math.nan  # the parameters stay as they are
+    run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's buckets are the gradients: kept
+    return {"loss": loss, "grad_norm": norm, "skipped_updates": int(math.isnan(loss))}
 
 def micro_batches(rows, lengths, budget):
-    """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or of one row).
-    Sorted by length, so that hardly anything is padding. Every rank gets the same number of lists, if need be
-    empty ones: a rank that keeps no trajectory must still take part in every collective of the models."""
-    cuts, most = [], -(-len(rows) // WORLD_SIZE)  # spread over the ranks before filling a budget
-    for i in sorted(rows, key=lambda i: (-lengths[i], i)):
-        if not cuts or len(cuts[-1]) == most or (len(cuts[-1]) + 1) * lengths[cuts[-1][0]] > budget:
-            cuts.append([])
-        cuts[-1].append(i)
-    cuts += [[] for _ in range(-len(cuts) % WORLD_SIZE)]
-    return cuts[RANK::WORLD_SIZE]
+    """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
 
-# --- The run ------------------------------------------------------------------------------------------------
+    Sorted by length, so that hardly anything is padding, and a list's first row is its longest.
+    Every rank gets as many lists, if need be empty ones: a rank without trajectories must still
+    take part in every collective.
+    """
+    share = math.ceil(len(rows) / WORLD_SIZE)  # no list is longer, or one rank would get all rows
+    batches = []
+    for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
+        if batches:
+            longest = lengths[batches[-1][0]]
+            fits = len(batches[-1]) < share and (len(batches[-1]) + 1) * longest <= budget
+        if not batches or not fits:
+            batches.append([])
+        batches[-1].append(i)
+    while len(batches) % WORLD_SIZE:
+        batches.append([])
+    return batches[RANK::WORLD_SIZE]
+
+# --- The run -------------------------------------------------------------------------------------
+
 def train(config):
-    """A whole run, or with --resume the rest of one. Told to stop, it saves after its step. -> finished?"""
+    """A whole run, or with --resume the rest of one. -> whether it came to its end"""
     run = load(config)
-    newest = read_log(config.output_dir)[-1:] if config.resume and RANK == 0 else []
-    missed = due(run, config.eval_every) and any("loss" in row for row in newest)  # by a kill after the save
-    if not config.resume or sum_over_ranks(torch.tensor(float(missed))):
-        evaluate(run)
-    with progress(config.steps, "distil", run.step) as bar:
-        # All ranks ask together, so that they stop after the same step.
-        while run.step < config.steps and not sum_over_ranks(torch.tensor(float(STOP.is_set()))):
-            rollouts, metrics = train_step(run)
-            run.step += 1
-            report(run, bar, rollouts, metrics)
-            if run.failures == 3:
-                save_checkpoint(run)
-                raise UserError(f"step {run.step}: three steps without an update (nothing kept, or NaN); "
-                                f"its last good weights are saved; lower --lr, check the teacher")
-            if due(run, config.save_every):
-                save_checkpoint(run)
-            if due(run, config.eval_every):
-                evaluate(run)
-    if run.step < config.steps:
+    evaluate_if_due(run)
+    while run.step < config.steps and not stop_asked():
+        graded, metrics = train_step(run)
+        run.step += 1
+        report_step(run, graded, metrics)
+        if due(run, config.save_every):
+            save_checkpoint(run)  # before an evaluation, in which a run may be killed
+        evaluate_if_due(run)
+    if 0 < run.step < config.steps:  # told to stop
         save_checkpoint(run)
-    if config.steps:
-        summary(run)
+    summarize(run)
     return run.step >= config.steps
 
-def due(run, every):  # after the last step, and before as often as wanted
-    return run.step == run.config.steps or every and run.step % every == 0
+def due(run, every):
+    """After the last step, and before that as often as wanted."""
+    if every == 0:
+        every = run.config.steps
+    return run.step == run.config.steps or run.step % every == 0
 
-# === The method ends here. What follows is plumbing: controls, metrics, flags, prompts, models, files =======
+def stop_asked():
+    """Whether a signal asked any rank to stop: so all stop after the same step."""
+    return any_rank(STOP.is_set())
 
-# --- Controls: what the filter and the weights have to beat -------------------------------------------------
-def random_scores(run, r):  # [B], to drop as many trajectories as the teacher's scores would
-    noise = uniforms(run.config.seed, FILTER, run.step, width=len(r.scores))[0]
-    return noise.masked_fill(~r.scores.isfinite(), torch.nan)
+def evaluate_if_due(run):
+    """Before the run, after it and every --eval-every steps; once each, and not on the way out."""
+    if run.step == 0 or due(run, run.config.eval_every):
+        if run.evaluated != run.step and not stop_asked():
+            evaluate(run)
 
-def control_weights(run, r):  # [B, L], each with the mean of 1 that the soft ones have
-    (B, L), weights = r.ids.shape, torch.zeros(r.ids.shape)
-    noise = uniforms(run.config.seed, SHUFFLE, run.step, rows=range(B), width=L)
-    for i in r.keep.nonzero()[:, 0]:
-        mask = r.response[i]  # [L]
-        soft = r.weights[i, mask]  # [n]
-        if run.config.token_weights == "shuffled":  # the same weights on other tokens
-            weights[i, mask] = soft[noise[i, mask].argsort()]
-        else:  # hard: the heavier half, all alike
-            heavy = soft.argsort(descending=True)[:(len(soft) + 1) // 2]
-            weights[i, mask] = torch.zeros_like(soft).index_fill(0, heavy, len(soft) / len(heavy))
-    return weights
+# === The method ends here; plumbing follows ======================================================
 
-# --- Metrics and evaluation ---------------------------------------------------------------------------------
-def clock():
-    if torch.cuda.is_initialized():  # kernels are only queued: wait for them
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# --- Fast decoding: a cache with room, and a step that a GPU plays by itself ---------------------
 
-def is_correct(response, answer):
-    """Whether the last \\boxed{...} is the answer (or its box), else the response or its last number."""
-    def boxed(text):  # braces may nest three deep
-        return re.findall(r"\\boxed{((?:[^{}]|{(?:[^{}]|{(?:[^{}]|{[^{}]*})*})*})*)}", text)[-1:]
-    def clean(text):
-        text = re.sub(r"\\text\{([^{}]*)\}", r"\1", re.sub(r"\s|\\[ ,!;]", "", text)).replace("dfrac", "frac")
-        text = re.sub(r"\\?[$%]|\{,\}|\\(left|right)(?![a-z])|(?<=\d),(?=\d{3}(?!\d))", "", text)
-        text = re.sub(r"^(-?)\.", r"\g<1>0.", text.rstrip("."))
-        return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", text)
-    response = response.replace("\u2212", "-")
-    answer = clean((boxed(answer) or [answer.split("####")[-1]])[0])
-    if boxes := boxed(response):
-        return clean(boxes[0]) == answer
-    number = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?|(?<![\d.])-?\.\d+"
-    return answer in (clean(response), *map(clean, re.findall(number, response)[-1:]))
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for the tokens to come: no copy of all of them for every token.
 
-def measure(run, r, groups):  # groups {suffix: rows [B] bool} -> {figure + suffix: float}
-    figures = {}
-    log_ratio = r.log_probs - r.teacher_log_probs  # [B, L] k1 estimate of the reverse KL
-    ended = (is_eos(r.ids, run.student.eos_ids) & r.response).any(1)  # [B]
-    correct = torch.full(ended.shape, nan)  # [B] where an answer is known
-    for i, prompt in enumerate(r.prompts):
-        if prompt.answer is not None:
-            text = run.tokenizer.decode(r.ids[i][r.response[i]], skip_special_tokens=True)
-            correct[i] = is_correct(text, prompt.answer)
-    for suffix, rows in groups.items():
-        valid = r.response & (rows & r.scores.isfinite())[:, None]  # [B, L]
-        group = dict(
-            reverse_kl=log_ratio[valid], score=r.scores[valid.any(1)],
-            teacher_entropy=r.teacher_entropy[valid], student_entropy=r.student_entropy[valid],
-            response_length=r.response[rows].sum(1), truncated_ratio=~ended[rows])
-        if not correct[rows].isnan().all():
-            group["exact_match"] = correct[rows & ~correct.isnan()]
-        figures |= {name + suffix: values.float().mean().item() for name, values in group.items()}
-    return figures
+    In the type of the values: under autocast rotary embeddings leave the keys in float32.
+    """
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16; on anything else MFU is null
+    def __init__(self, position):
+        super().__init__()
+        self.position = position  # [1], the slot of the token that is fed in
 
-def forward_flops(policy, tokens):  # 2 a parameter and token; neither attention nor experts not chosen
-    chosen = getattr(policy.model.config.get_text_config(), "num_experts_per_tok", None)
-    active = 0
-    for name, p in policy.named_parameters():  # transformers stacks the experts of a layer: [experts, ...]
-        active += p.numel() * np.mean(chosen) / len(p) if chosen and ".experts." in name else p.numel()
-    return 2 * tokens * active
+    def update(self, keys, values, *args, **kwargs):
+        """First the prompts', then a token's, into the room that `make_room` has made.
+        -> all keys and values so far and the room, [n, heads, L, d]"""
+        keys = keys.to(values.dtype)
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.keys, self.values = keys, values
+        else:
+            self.keys.index_copy_(2, self.position, keys)
+            self.values.index_copy_(2, self.position, values)
+        return self.keys, self.values
 
-def measure_step(run, r, times):  # of all rows, the kept and the dropped, of weights and speed
-    keep, lengths = r.keep, torch.tensor(r.lengths)
-    figures = measure(run, r, {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep})
-    for name in run.teachers if len(run.teachers) > 1 else ():
-        figures[f"keep_ratio/{name}"] = keep[r.of_teacher(name)].float().mean().item()
-    weights = r.weights[r.response & keep[:, None]]  # [n]
-    seconds = np.diff(times)  # of rollout, score, update
-    scoring = sum(forward_flops(teacher, lengths[r.of_teacher(name)].sum().item())
-                  for name, teacher in run.teachers.items())
-    training = 3 * forward_flops(run.student, lengths[keep].sum().item())  # backward is twice the forward
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
-    peak = WORLD_SIZE * next((flops for name, flops in PEAK_FLOPS.items() if name in card), nan)
-    return figures | dict(
-        keep_ratio=keep.float().mean().item(),
-        filter_threshold=min(r.scores[keep].tolist(), default=nan),  # the lowest score that was kept
-        weight_ess=(weights.mean() ** 2 / weights.square().mean()).item(),  # effective sample size
-        seconds_rollout=seconds[0], seconds_score=seconds[1], seconds_update=seconds[2],
-        tokens_per_second=r.response.sum().item() / seconds.sum(),
-        mfu_score=scoring / seconds[1] / peak, mfu_update=training / seconds[2] / peak,
-        peak_memory_gb=torch.cuda.max_memory_allocated() / 2 ** 30 if card else nan)
+class RolloutCache(transformers.DynamicCache):
+    """A cache that rows can leave. It has room where the model allows: where all layers attend to
+    all tokens, by torch's own attention, and positions are rotary. Else it is transformers' own."""
 
-def evaluate(run):  # on the held-out prompts, always from the same uniforms
-    if not run.eval_prompts:
-        return
-    r = rollout(run, run.eval_prompts, EVALUATE)
-    score(run, r)
-    groups = {"": torch.ones_like(r.scores).bool()}
-    for name in sorted({prompt.group for prompt in r.prompts} - {""}):
-        groups[f"/{name}"] = torch.tensor([prompt.group == name for prompt in r.prompts])
-    figures = measure(run, r, groups)
-    say(f"step {run.step}: evaluation: " + ", ".join(
-        f"{name} {x:.3f}" for name, x in figures.items() if re.match("reverse_kl|exact_match", name)))
-    log(run, dict(step=run.step) | {f"eval/{name}": value for name, value in figures.items()})
+    def __init__(self, model, position):
+        super().__init__(config=model.config)
+        self.position = position  # [1], the slot of the token that is fed in
+        config = model.config.get_text_config()
+        rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+        torch_attention = model.config._attn_implementation == "sdpa"
+        plain = all(type(layer) is DynamicLayer for layer in self.layers)
+        self.roomy = bool(rotary) and torch_attention and plain
+        if self.roomy:
+            self.layers = [RoomyLayer(position) for _ in self.layers]
 
-# --- The screen and the log ---------------------------------------------------------------------------------
-def visible(text):  # control characters spelled out: no rollout can move the terminal's cursor
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    def make_room(self, attention, going, used, room):
+        """Keep these rows alone, their `used` slots and room for more. -> attention"""
+        if not self.roomy:
+            self.reorder_cache(going)
+            return F.pad(attention[going, :used], (0, room))
+        while (used + room) % 8:  # attention kernels want widths of 8
+            room += 1
+        for layer in self.layers:
+            layer.keys = F.pad(layer.keys[going, :, :used], (0, 0, 0, room))
+            layer.values = F.pad(layer.values[going, :, :used], (0, 0, 0, room))
+        return F.pad(attention[going, :used], (0, room))
 
-def say(text):
-    with suppress(OSError):  # a pipe that was closed ends no run
-        if RANK == 0:
-            tqdm.write(visible(text))
-            sys.stdout.flush()
+    def mask(self, attention):
+        """What the last token sees: as torch's attention wants it, or as transformers does."""
+        if self.roomy:
+            return attention[:, None, None]  # [n, 1, 1, L] bool
+        return attention[:, :self.position.item() + 1]  # [n, length]
 
-def note(text, follows=None):  # a line of the report at the start: ok, or a warning with what follows
-    say(f"warning  {text}: {follows}" if follows else f"     ok  {text}")
+def repeat(step, times, capture):
+    """Run a step of decoding `times` times. Captured, its kernels are recorded once and played
+    again without Python: they read and write the very same tensors each time."""
+    step()  # also warms up what must not be recorded
+    if capture and times > 2:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()  # is only recorded
+        step = graph.replay
+    for _ in range(times - 1):
+        step()
 
-def progress(steps, label, done=0):  # a bar over the steps that are left; on a terminal only
-    return tqdm(range(done, steps), label, steps, initial=done, leave=False, disable=RANK > 0 or None)
+def left_padded(prompts):
+    """Lists of ids, padded on the left -> ids, attention bool, both [b, longest]"""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1).to(DEVICE)
+    return ids.clamp(min=0), ids >= 0
 
-def report(run, bar, r, metrics):  # to log and screen; at both ends of a run two rollouts
-    log(run, metrics)
-    run.failures = 0 if isfinite(metrics["loss"]) else run.failures + 1
-    line = "reverse_kl {reverse_kl:.3f}, length {response_length:.0f}, {tokens_per_second:.0f} tokens/s"
-    line = line.format(**metrics)
-    bar.update()
-    bar.set_postfix_str(line)
-    if bar.disable and run.step % max(1, run.config.steps // 10) == 0:  # no terminal
-        say(f"step {run.step}/{run.config.steps}: {line}")
-    examples = [*r.keep.nonzero()[:1, 0], *(~r.keep).nonzero()[:1, 0]]
-    for i in examples if run.step in (1, run.config.steps) else ():
-        decode, verdict = run.tokenizer.decode, "kept" if r.keep[i] else "DROPPED"
-        tokens = [f"{decode(r.ids[i, t])}({r.teacher_log_probs[i, t]:.2f}, {r.weights[i, t]:.2f})"
-                  for t in r.response[i].nonzero()[:200, 0]]
-        say(f"{verdict} in step {run.step}, score {r.scores[i]:.3f}, token(log pi_T, weight):\n"
-            f"    {decode(r.prompts[i].ids)[-80:]!r} -> {' '.join(tokens)}")
-
-def summary(run):  # the first and the last value of what matters, and the commands to type next
-    folder, rows = run.config.output_dir, read_log(run.config.output_dir)
-    say(f"\n{'':24}{'first':>12}{'last':>12}")
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values and re.match("eval/(exact|reverse)|keep_ratio$|reverse_kl(_kept)?$|response_length$", name):
-            say(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
-    newest, command = checkpoints(folder)[-1], f"python {sys.argv[0]} --config {folder}/config.json"
-    steps = run.config.steps * (1 if run.step < run.config.steps else 2)
-    say(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl. Next:\n"
-        f"  go on     {command} --resume --steps {steps}\n"
-        f"  evaluate  {command} --steps 0 --student {newest}\n"
-        f"  use       transformers.pipeline('text-generation', '{newest}')")
-
-def log(run, row):
-    if RANK == 0 and run.config.steps:
-        row = {name: x if isfinite(x) else None for name, x in row.items()}  # JSON has no NaN
-        path = Path(run.config.output_dir, "metrics.jsonl")
-        with explain(path, "make room and --resume"), path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-
-def read_log(folder):  # -> rows in the order of the run; those of evaluations have no loss
-    rows = []
-    for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():
-        with suppress(ValueError):  # a full disk may have torn the last line
-            rows.append(json.loads(line))
-    return rows
-
-# --- The command line ---------------------------------------------------------------------------------------
-SETTINGS = {f.name: f for f in dataclasses.fields(Config)}
-MAY_DIFFER = ("output_dir steps eval_every save_every keep rollout_batch_size micro_batch_tokens "
-              "gradient_checkpointing shard")  # on resume
+# --- The command line ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """What is wrong, where, and what to do, in one line."""
+    """A mistake of the user's: one line that says what is wrong, where, and what to do."""
 
-@contextmanager
-def explain(what, advice):  # turns whatever a library raises on a user's file into one line
+@contextlib.contextmanager
+def explain(what, advice):
+    """Turn whatever a library raises on a user's file into one line."""
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        name = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ours speak for themselves
-        raise UserError(f"{what}: {name}{' '.join(str(error).split())[:300]}; {advice}") from error
+        cause = " ".join(str(error).split())[:300]
+        if type(error) is not ValueError:  # ours speak for themselves
+            cause = f"{type(error).__name__}: {cause}"
+        raise UserError(f"{what}: {cause}; {advice}") from error
 
-def parse_config(argv=None):
-    """Defaults, then the JSON file, then the command line. No models and no --config: the tiny default."""
-    def refuse(message):
-        raise UserError(f"command line: {message}; see --help")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
-    for name, f in SETTINGS.items():
-        kinds = {bool: dict(action=argparse.BooleanOptionalAction), list: dict(action="append")}
-        kind = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
-        text = f.metadata["text"].replace("%", "%%") + f" [{f.default}]" * (f.default not in ("", ()))
-        if f.type is not dict:
-            parser.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **kind)
-    flags, strange = parser.parse_known_args(argv)
-    flags, settings = vars(flags), {}
-    path = flags.get("config", "")
-    if not path and not flags.keys() & {"teacher", "student", "prompts", "eval_prompts"}:
-        path = Path(__file__).with_name("tiny_config.json")
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for a mistake."""
+
+    def error(self, message):
+        raise UserError(f"settings: {message}; see --help")
+
+def make_parser():
+    """A flag for each setting."""
+    parser = Parser(description=__doc__.splitlines()[0], usage="fire_opd.py [--SETTING VALUE ...]",
+                    allow_abbrev=False)
+    for item in dataclasses.fields(Config):
+        if item.name == "tiny":
+            continue
+        options = {"type": item.type}
+        if item.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif item.type is list:
+            options = {"action": "extend", "nargs": "+"}
+        elif typing.get_origin(item.type) is Literal:
+            options = {"choices": typing.get_args(item.type)}
+        default = getattr(Config(), item.name)
+        text = item.metadata["help"]
+        if default not in ("", []):
+            text += f" [{default}]"
+        flag = "--" + item.name.replace("_", "-")
+        parser.add_argument(flag, default=default, help=text, **options)
+    return parser
+
+def as_flags(settings):
+    """{"lr": 0.1, "shard": true} -> ["--lr=0.1", "--shard"], so that a file is checked as flags."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if name not in vars(Config()):
+            raise ValueError(f"{name!r} is not a setting")
+        if name == "teacher" and isinstance(value, list) and all(type(x) is str for x in value):
+            for x in value:
+                flags.append(f"--{flag}={x}")
+        elif value is True:
+            flags.append(f"--{flag}")
+        elif value is False:
+            flags.append(f"--no-{flag}")
+        elif isinstance(value, (int, float, str)):
+            flags.append(f"--{flag}={value}")
+        else:
+            raise ValueError(f"{name} must be a string or a number, got {value}")
+    return flags
+
+def parse_config(argv=()):
+    """Defaults, then the JSON file, then the command line. Without models: the tiny pair."""
+    parser = make_parser()
+    given = parser.parse_args(argv)
+    path = given.config
+    if not path and not given.teacher and not given.student and not given.prompts:
+        path = str(Path(__file__).with_name("tiny_config.json"))
+    tiny = {}
     if path:
-        with explain(f"config {path}", "give a JSON object of settings, such as a run's config.json"):
-            settings = dict(json.loads(Path(path).read_bytes()).items())
-    if isinstance(settings.get("teacher"), str):
-        settings["teacher"] = [settings["teacher"]]
-    for name in [*strange, *settings.keys() - SETTINGS.keys()]:
-        near = difflib.get_close_matches(name.replace("-", "_"), SETTINGS, 1, cutoff=0)[0].replace("_", "-")
-        raise UserError(f"command line, {path}: unknown setting {name[:80]!r}; the nearest is --{near}")
-    config = Config(**settings | flags)
+        with explain(f"config {path}", "give a JSON object of settings"):
+            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("it is no object")
+            tiny = settings.pop("tiny", {})
+            if not isinstance(tiny, dict):
+                raise ValueError("tiny must be an object")
+            if given.teacher:  # the command line's replace the file's, they are not added
+                settings.pop("teacher", None)
+            given = parser.parse_args([*as_flags(settings), *argv])
+    config = Config(**vars(given), tiny=tiny)
+    config.config = path
+    folder = Path(path).parent
+    if config.resume and not config.output_dir and path and (folder / "metrics.jsonl").exists():
+        config.output_dir = str(folder)  # the run of this config.json, even if it was moved
     check(config)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and checkpoints(config.output_dir or os.devnull):
-        config.resume = True  # torchrun --max-restarts has started us again
     return config
 
-def check(config):  # types, choices and bounds, wherever a setting came from, and what must go together
-    for name, f in SETTINGS.items():
-        value, (_, low, high, choices) = getattr(config, name), f.metadata.values()
-        fits = type(value) in ((int, float) if f.type is float else (f.type, type(f.default)))
-        if not fits or low is not None and not low <= value <= high or choices and value not in choices:
-            wanted = f"in [{low}, {high}]" if low is not None else " or ".join(choices or [f.type.__name__])
-            raise UserError(f"{name} must be {wanted}, got {str(value)[:80]!r}; see --help")
-    missing = [f"--{name}" for name in ("teacher", "student", "prompts") if not getattr(config, name)]
-    if config.tiny and (len(missing) < 3 or config.eval_prompts):
-        raise UserError(f"the tiny pair of {config.config} brings its own models and prompts; leave one out")
-    if missing and not config.tiny:
-        raise UserError(f"--teacher, --student and --prompts go together; add {', '.join(missing)}")
+def check(config):
+    """Bounds, and what must go together."""
+    if not 0 <= config.filter_percentile <= 100:
+        raise UserError(f"filter_percentile must be in [0, 100], got {config.filter_percentile}")
+    for name, value in vars(config).items():
+        if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
+            raise UserError(f"{name} must be in [0, 1e9], got {value}")
+    for name in ("temperature", "lr", "max_grad_norm", "batch_size", "rollouts_per_prompt",
+                 "max_new_tokens", "rollout_batch_size", "micro_batch_tokens", "keep"):
+        if getattr(config, name) == 0:
+            raise UserError(f"{name} must be greater than 0")
     if config.batch_size % config.rollouts_per_prompt or config.batch_size % WORLD_SIZE:
-        raise UserError(f"batch_size must be a multiple of rollouts_per_prompt and of the {WORLD_SIZE} ranks")
-    if config.resume and not (config.output_dir and config.steps):
-        raise UserError("command line: --resume needs --steps and --output-dir, the folder of the run")
+        raise UserError("batch_size must be a multiple of rollouts_per_prompt and of the "
+                        f"{WORLD_SIZE} ranks, got {config.batch_size}")
+    if config.tiny and (config.teacher or config.prompts or config.eval_prompts):
+        raise UserError(f"the tiny pair of {config.config} brings its own teacher and prompts; "
+                        "leave one out")
+    if not config.tiny and not (config.teacher and config.student and config.prompts):
+        raise UserError("--teacher, --student and --prompts go together; give all three")
+    if config.steps > 999_999:
+        raise UserError("steps must be at most 999999: a checkpoint's name has six digits")
+    for path in (config.prompts, config.eval_prompts):
+        if path and not os.path.exists(path):
+            raise UserError(f"{path}: no such file; paths start at the current folder")
+    if config.resume and config.steps == 0:
+        raise UserError("--resume needs --steps; to evaluate a checkpoint give it as --student")
+    if config.resume and not config.output_dir:
+        raise UserError("--resume needs the folder of the run: --output-dir, or its config.json")
 
-# --- Prompts ------------------------------------------------------------------------------------------------
-def text_of(content):  # of a message; other tools write it as a list of parts
-    if content is None or isinstance(content, str):
-        return content
-    content = content if isinstance(content, list) else [content]
-    if other := [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]:
-        raise ValueError(f"only content parts of type 'text' are supported, got {str(other[0])[:60]}")
-    return "".join(part["text"] for part in content)
+# --- Metrics and evaluation ----------------------------------------------------------------------
 
-def tokenize(prompt, tokenizer, config, tools=None):  # a string or messages -> ids, as the template wants
+class Stopwatch:
+    """The seconds of a step's phases."""
+
+    def __init__(self):
+        self.seconds = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase):
+        """The phase ends here."""
+        if DEVICE == "cuda":  # kernels are only queued: wait for them
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds["seconds_" + phase] = now - self.last
+        self.last = now
+
+# 12, -3.5, .5, 1,234, 3/4
+NUMBER = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.\d+|\d+)(?:\.\d+)?(?:/\d+)?"
+
+def final_answer(text):
+    """What stands in the last \\boxed{...}, or else the last number, or else all of it."""
+    before, box, rest = text.rpartition("\\boxed{")
+    if box:
+        depth = 1
+        for end, character in enumerate(rest):
+            depth += (character == "{") - (character == "}")
+            if depth == 0:
+                return rest[:end]
+    numbers = re.findall(NUMBER, text)
+    if numbers:
+        return numbers[-1]
+    return text
+
+def normalized(text):
+    """An answer without spaces, $, %, \\text, thousands separators and zeros at its end."""
+    text = text.replace("\u2212", "-").replace("dfrac", "frac").replace("tfrac", "frac")
+    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\left|\\right|\\[,!;]|\{,\}|\\?[$%]|\s", "", text).rstrip(".,")
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234
+    text = re.sub(r"^(-?)\.", r"\g<1>0.", text)  # .5
+    return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", text)  # 1.50, 3.0
+
+def is_correct(response, answer):
+    """Whether a response is the answer or ends in it; the answer may be a worked solution."""
+    if "\\boxed{" in answer:
+        answer = final_answer(answer)
+    answer = normalized(answer.split("####")[-1])
+    response = response.replace("\u2212", "-")
+    return answer in (normalized(response), normalized(final_answer(response)))
+
+def correctness(run, rollouts):
+    """Which rollouts [B] are correct: 1 or 0, NaN where no answer is known."""
+    correct = torch.full((len(rollouts.prompts),), math.nan)
+    for i, prompt in enumerate(rollouts.prompts):
+        if prompt.answer is not None:
+            response = rollouts.ids[i][rollouts.mask[i]]
+            text = run.tokenizer.decode(response, skip_special_tokens=True)
+            correct[i] = is_correct(text, prompt.answer)
+    return correct
+
+def averages(run, graded, correct, rows):
+    """The metrics of some rows [B] bool, as means over their tokens or trajectories."""
+    rollouts = graded.rollouts
+    rows = rows & graded.scores.isfinite()
+    valid = rollouts.mask & rows[:, None]  # [B, L]
+    ended = (is_eos(rollouts.ids, run.student.eos_ids) & rollouts.mask).any(1)  # [B]
+    known = rows & correct.isfinite()
+    values = {
+        "reverse_kl": (rollouts.log_probs - graded.teacher_log_probs)[valid],  # the k1 estimate
+        "score": graded.scores[rows],
+        "teacher_entropy": graded.teacher_entropy[valid],
+        "student_entropy": rollouts.student_entropy[valid],
+        "response_length": rollouts.mask.sum(1)[rows],
+        "truncated_ratio": ~ended[rows],
+    }
+    if known.any():
+        values["exact_match"] = correct[known]
+    return {name: x.float().mean().item() for name, x in values.items()}
+
+def measure_step(run, graded, stopwatch):
+    """The row of a step in metrics.jsonl: of all rollouts, the kept and the dropped."""
+    keep = graded.keep
+    correct = correctness(run, graded.rollouts)
+    weights = graded.weights[graded.rollouts.mask & keep[:, None]]  # [n]
+    metrics = {
+        "step": run.step + 1,  # the one that was just done
+        "keep_ratio": keep.float().mean().item(),
+        "filter_threshold": min(graded.scores[keep].tolist(), default=math.nan),
+        "weight_ess": (weights.mean() ** 2 / weights.square().mean()).item(),
+    }
+    if len(run.teachers) > 1:
+        for name in run.teachers:
+            own = torch.tensor([prompt.teacher == name for prompt in graded.rollouts.prompts])
+            metrics["keep_ratio/" + name] = keep[own].float().mean().item()
+    metrics |= averages(run, graded, correct, torch.ones_like(keep))
+    for suffix, rows in (("_kept", keep), ("_dropped", ~keep)):
+        for name, x in averages(run, graded, correct, rows).items():
+            metrics[name + suffix] = x
+    stopwatch.lap("metrics")
+    metrics |= stopwatch.seconds
+    seconds = sum(stopwatch.seconds.values())
+    metrics["tokens_per_second"] = graded.rollouts.mask.sum().item() / seconds
+    if DEVICE == "cuda":
+        metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
+
+def evaluate(run):
+    """One response to each held-out prompt, always from the same uniforms."""
+    run.evaluated = run.step
+    if not run.eval_prompts:
+        return
+    prompts = run.eval_prompts
+    rollouts = rollout(run, prompts, (run.config.seed, EVALUATE))
+    teacher_log_probs, teacher_entropy = score(run, rollouts)
+    scores = trajectory_scores(teacher_log_probs, rollouts.mask)
+    everything = torch.ones(len(prompts), dtype=torch.bool)
+    graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, everything, None)
+    correct = correctness(run, rollouts)
+    metrics = averages(run, graded, correct, everything)
+    for domain in sorted({prompt.domain for prompt in prompts} - {""}):
+        own = torch.tensor([prompt.domain == domain for prompt in prompts])
+        for name, x in averages(run, graded, correct, own).items():
+            metrics[f"{name}/{domain}"] = x
+    shown = []
+    for name, x in metrics.items():
+        if name.startswith(("exact_match", "reverse_kl")):
+            shown.append(f"{name} {x:.3f}")
+    print0(f"step {run.step}: evaluation: " + ", ".join(shown[:20]))
+    log(run, {"step": run.step} | {"eval/" + name: x for name, x in metrics.items()})
+    write_report(run)
+
+# --- The screen and the log ----------------------------------------------------------------------
+
+def print0(text):
+    """A line on the screen, from rank 0. What comes from data cannot move the cursor."""
+    if RANK == 0:
+        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        # A terminal or a pipe that was closed must not end a run; a bar makes way for the line.
+        with contextlib.suppress(OSError), tqdm.external_write_mode():
+            print(text, flush=True)
+
+def on_terminal(stream):
+    """Whether somebody may be looking."""
+    return RANK == 0 and stream is not None and stream.isatty()
+
+def progress(label, iterable=None, total=None):
+    """A bar for those who wait, on a terminal only."""
+    return tqdm(iterable, label, total, leave=False, disable=not on_terminal(sys.stderr))
+
+def log(run, row):
+    """A line of metrics.jsonl. JSON has no NaN: such a figure is null."""
+    if RANK == 0 and run.config.steps > 0:
+        row = {name: x if math.isfinite(x) else None for name, x in row.items()}
+        path = Path(run.config.output_dir, "metrics.jsonl")
+        with explain(path, "make room and --resume"):
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+def read_log(folder):
+    """The rows of metrics.jsonl, in order; those of evaluations have no loss."""
+    rows = []
+    for line in Path(folder, "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a kill may have torn the last line
+            rows.append(json.loads(line))
+    return rows
+
+def report_step(run, graded, metrics):
+    """A step in the log and on the screen; its rollouts there, too, if it is the first or last."""
+    log(run, metrics)
+    config = run.config
+    first_or_last = run.step in (1, config.steps)
+    if first_or_last or on_terminal(sys.stderr) or run.step % max(1, config.steps // 10) == 0:
+        print0(f"step {run.step}/{config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
+               f"length {metrics['response_length']:.0f}, "
+               f"{metrics['tokens_per_second']:.0f} tokens/s")
+    if metrics["skipped_updates"]:
+        print0(f"warning: step {run.step}: no update: nothing was kept, or something is not finite")
+    if RANK == 0 and (first_or_last or due(run, config.eval_every) or STOP.is_set()):
+        kept = graded.keep.nonzero()[:2, 0].tolist()
+        dropped = (~graded.keep).nonzero()[:2, 0].tolist()
+        save_examples(run, graded, kept + dropped)
+        if first_or_last:
+            for i in kept[:1] + dropped[:1]:
+                print0(rollout_text(run, graded, i))
+
+def verdict(graded, i):
+    """What became of row i."""
+    word = "kept" if graded.keep[i] else "DROPPED"
+    return f"{word}, score {graded.scores[i]:.3f}"
+
+def least_likely(run, graded, i):
+    """The three tokens of row i that its teacher found least likely, in their order."""
+    positions = graded.rollouts.mask[i].nonzero()[:, 0]
+    log_probs = graded.teacher_log_probs[i, positions]
+    tokens = []
+    for j in log_probs.argsort()[:3].sort().values:
+        token = run.tokenizer.decode(graded.rollouts.ids[i, positions[j]])
+        tokens.append(f"{token!r} {log_probs[j]:.2f}")
+    return "least likely to the teacher (log pi_T): " + ", ".join(tokens)
+
+def rollout_text(run, graded, i):
+    """Row i in a few lines."""
+    rollouts = graded.rollouts
+    prompt = run.tokenizer.decode(rollouts.prompts[i].ids)
+    response = run.tokenizer.decode(rollouts.ids[i][rollouts.mask[i]])
+    if len(response) > 400:
+        response = response[:200] + " [...] " + response[-200:]
+    return (f"{verdict(graded, i)}: {prompt[-80:]!r} -> {response!r}\n"
+            f"    {least_likely(run, graded, i)}")
+
+def summarize(run):
+    """What changed from first to last, and the commands to type next."""
+    if RANK > 0 or run.step == 0:
+        return
+    write_report(run)
+    folder = run.config.output_dir
+    rows = read_log(folder)
+    print0(f"\n{'':24}{'first':>12}{'last':>12}")
+    for name in [*eval_names(rows, "exact_match"), "eval/reverse_kl", "reverse_kl",
+                 "keep_ratio", "response_length"]:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            print0(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
+    program = ["python", os.path.relpath(__file__), "--config", f"{folder}/config.json"]
+    newest = str(checkpoints(folder)[-1])
+    steps = run.config.steps
+    if run.step == steps:
+        steps *= 2
+    go_on = [*program, "--resume", "--steps", str(steps)]
+    test = [*program, "--output-dir", folder, "--steps", "0", "--student", newest]
+    print0(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl, "
+           f"curves and rollouts in {folder}/report.html. Next:\n"
+           f"  go on     {shlex.join(go_on)}\n"
+           f"  evaluate  {shlex.join(test)}\n"
+           f"  use       transformers.pipeline('text-generation', {newest!r})")
+
+def eval_names(rows, metric):
+    """The names in the log of a held-out metric: of all prompts, and of the first few domains."""
+    names = {}
+    for row in rows:
+        for name in row:
+            if name == f"eval/{metric}" or name.startswith(f"eval/{metric}/"):
+                names[name] = True
+    return list(names)[:7]
+
+# --- report.html: curves, scores and rollouts, in one page without a script ----------------------
+
+PAGE = """<!doctype html>
+<html><head><meta charset="utf-8"/><title>{title}</title>
+<meta name="viewport" content="width=device-width"/>
+<meta name="color-scheme" content="light dark"/><style>
+.fire-opd {{ font: 15px/1.6 sans-serif; max-width: 62em; margin: 1em auto; padding: 0 1em }}
+.fire-opd figure {{ display: inline-block; width: min(100%, 29em); margin: 0 1em 1em 0 }}
+.fire-opd svg {{ width: 100% }}
+.fire-opd text {{ font-size: 11px; fill: currentColor }}
+.fire-opd p {{ overflow-wrap: anywhere }}
+</style></head><body><div class="fire-opd"><h2>{title}</h2>
+{body}
+</div></body></html>
+"""
+LEGEND = """<p>A token's shade is its weight:
+<span style="background:rgba(255,140,0,0.6)">more than 1</span>,
+<span style="background:rgba(70,130,255,0.6)">less than 1</span>;
+its figures appear under the mouse.</p>
+"""
+COLORS = ["#3b82f6", "#16a34a", "#dc2626", "#d97706", "#9333ea", "#0891b2", "#65a30d"]
+
+def scaled(value, low, high, start, end):
+    """A place on an axis from `start` to `end` pixels, which shows `low` to `high`."""
+    return round(start + (end - start) * (value - low) / (high - low + 1e-9), 1)
+
+def chart(title, rows, names, from_zero=True):
+    """Some metrics over the steps, with axes and the last values. -> HTML"""
+    curves = {}
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            curves[name] = points[::len(points) // 300 + 1] + points[-1:]
+    heights = [y for points in curves.values() for x, y in points]
+    if from_zero:
+        heights.append(0)
+    low, high = min(heights, default=0), max(heights, default=0)
+    last = rows[-1]["step"]
+    legend, lines = title, ""
+    for color, (name, points) in zip(COLORS, curves.items()):
+        places = ""
+        for x, y in points:
+            places += f"{scaled(x, 0, last, 50, 390)},{scaled(y, low, high, 150, 10)} "
+        lines += f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{places}"/>'
+        legend += f' <b style="color:{color}">{html.escape(name)} {points[-1][1]:.3f}</b>'
+    return (f'<figure><figcaption>{legend}</figcaption><svg viewBox="0 0 400 175">{lines}'
+            f'<path d="M50,10 V150 H390" fill="none" stroke="currentColor"/>'
+            f'<text x="46" y="15" text-anchor="end">{high:.3g}</text>'
+            f'<text x="46" y="150" text-anchor="end">{low:.3g}</text><text x="50" y="166">0</text>'
+            f'<text x="390" y="166" text-anchor="end">step {last}</text></svg></figure>\n')
+
+def score_strip(graded):
+    """The scores of one step as dots, each domain on a line; a line where they are kept. -> HTML"""
+    prompts = graded.rollouts.prompts
+    domains = sorted({prompt.domain for prompt in prompts})[:6]
+    rows = graded.scores.isfinite().nonzero()[:, 0].tolist()
+    scores = graded.scores.tolist()
+    low = min([scores[i] for i in rows], default=0)
+    high = max([scores[i] for i in rows], default=0)
+    bottom = 22 * len(domains)
+    marks = ""
+    for row, domain in enumerate(domains):
+        marks += f'<text x="0" y="{22 * row + 16}">{html.escape(domain[:8])}</text>'
+    for i in rows[::len(rows) // 500 + 1]:
+        if prompts[i].domain in domains:
+            x = scaled(scores[i], low, high, 60, 690)
+            y = 22 * domains.index(prompts[i].domain) + 10 + i % 5
+            color = COLORS[1] if graded.keep[i] else COLORS[2]
+            marks += f'<circle cx="{x}" cy="{y}" r="4" fill="{color}" fill-opacity="0.5"/>'
+    lowest = min(graded.scores[graded.keep].tolist(), default=high)
+    x = scaled(lowest, low, high, 60, 690)
+    return (f'<p>Scores from {low:.2f} to {high:.2f}, <b style="color:{COLORS[1]}">kept</b> and '
+            f'<b style="color:{COLORS[2]}">dropped</b>; the lowest that was kept is '
+            f'{lowest:.3f}</p><svg viewBox="0 0 700 {bottom}">{marks}'
+            f'<path d="M{x},0 V{bottom}" stroke="currentColor"/></svg>\n')
+
+def rollout_html(run, graded, i):
+    """Row i: prompt and tokens, shaded by how far their weight is from 1. -> HTML"""
+    rollouts = graded.rollouts
+    prompt = run.tokenizer.decode(rollouts.prompts[i].ids)[-300:]
+    positions = rollouts.mask[i].nonzero()[:, 0].tolist()
+    tokens = ""
+    for t in positions[:300]:
+        weight = graded.weights[i, t].item()
+        shade = "none"
+        if graded.keep[i]:
+            color = "255,140,0" if weight > 1 else "70,130,255"
+            shade = f"rgba({color},{min(0.9, 1.5 * abs(weight - 1)):.2f})"
+        title = (f"log pi_T {graded.teacher_log_probs[i, t]:.2f}, "
+                 f"log pi_S {rollouts.log_probs[i, t]:.2f}, "
+                 f"H_T {graded.teacher_entropy[i, t]:.2f}, "
+                 f"H_S {rollouts.student_entropy[i, t]:.2f}, w {weight:.2f}")
+        text = html.escape(run.tokenizer.decode(rollouts.ids[i, t]))
+        tokens += f'<span style="background:{shade}" title="{title}">{text}</span>'
+    if len(positions) > 300:
+        tokens += f" ... and {len(positions) - 300} more tokens"
+    return (f"<p><b>{verdict(graded, i)}</b><br/>"
+            f'<span style="opacity:0.65">{html.escape(prompt)}</span> {tokens}<br/>'
+            f"<small>{html.escape(least_likely(run, graded, i))}</small></p>\n")
+
+def save_examples(run, graded, rows):
+    """The scores of this step and some of its rollouts, for the report, in a file of their own."""
+    text = f"<h3>Step {run.step}</h3>\n{score_strip(graded)}"
+    for i in rows:
+        text += rollout_html(run, graded, i)
+    name = "first_step.html" if run.step == 1 else "last_step.html"
+    write_text(Path(run.config.output_dir, name), text)
+
+def write_text(path, text):
+    """A file that a reader never meets half written."""
+    with explain(str(path), "make room and --resume"):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+
+def write_report(run):
+    """report.html: the curves of the log, then scores and rollouts of the first and last step."""
+    folder = Path(run.config.output_dir)
+    if RANK > 0 or run.config.steps == 0:
+        return
+    rows = read_log(folder)
+    divergences = ["reverse_kl", "reverse_kl_kept", "reverse_kl_dropped"]
+    body = (chart("Held out", rows, eval_names(rows, "exact_match"))
+            + chart("Held out", rows, eval_names(rows, "reverse_kl"))
+            + chart("Training", rows, divergences)
+            + chart("Training", rows, ["keep_ratio"])
+            + chart("Training", rows, ["filter_threshold"], from_zero=False)
+            + chart("Training", rows, ["response_length"]) + LEGEND)
+    for name in ("first_step.html", "last_step.html"):
+        if (folder / name).exists():
+            body += (folder / name).read_text(encoding="utf-8")
+    changed = {}
+    for name, value in vars(run.settings).items():
+        if name != "tiny" and value != getattr(Config(), name):
+            changed[name] = value
+    command = shlex.join(["python", "fire_opd.py", *as_flags(changed)])
+    body += f"<p>The run, its defaults left out: <code>{html.escape(command)}</code></p>"
+    title = f"FiRe-OPD: {html.escape(folder.name)}, step {run.step}"
+    write_text(folder / "report.html", PAGE.format(title=title, body=body))
+
+# --- Prompts -------------------------------------------------------------------------------------
+
+COLUMNS = ("prompt", "problem", "question", "messages", "answer", "ground_truth", "solution",
+           "teacher", "domain", "group", "tools")  # what is read; group is the old name of domain
+
+def text_of(content):
+    """The text of a message's content, which other tools write as a list of parts."""
+    if isinstance(content, dict):
+        content = [content]
+    if isinstance(content, list):
+        for part in content:
+            if part["type"] != "text":
+                raise ValueError(f"a part of type {part['type']!r} is not supported, only text")
+        return "".join(part["text"] for part in content)
+    return content
+
+def tokenize(prompt, tokenizer, config, tools=None):
+    """The ids of a prompt, a string or a list of messages, as the chat template renders it."""
     if config.chat_template == "none" or not tokenizer.chat_template:
-        if tools or isinstance(prompt, list):
+        if tools or not isinstance(prompt, str):
             raise ValueError("tools and lists of messages need a chat template")
         ids = tokenizer(prompt, verbose=False)["input_ids"]
         if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought one along
@@ -740,367 +1291,573 @@ def tokenize(prompt, tokenizer, config, tools=None):  # a string or messages -> 
         if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
             ids = ids[:-1]  # the tokenizer closed what the student is to go on with
         return ids
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
     if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set: its reply is not for us
         messages = messages[:-1]
     messages = [message | {"content": text_of(message.get("content"))} for message in messages]
-    return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False,
-                                         enable_thinking=config.enable_thinking)
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, return_dict=False,
+        enable_thinking=config.enable_thinking)
 
-def parse_prompt(config, row, tokenizer, vocabulary, teachers):  # a ValueError says what is wrong with it
-    row = {key: x for key, x in row.items() if x not in (None, "", [])}
-    first = lambda *keys: next((row[key] for key in keys if key in row), None)
-    listed = lambda key: json.loads(row[key]) if isinstance(row.get(key), str) else row.get(key)
-    content = first("prompt", "problem", "question") or listed("messages")
-    answer = first("answer", "ground_truth", "solution")
-    teacher = str(row.get("teacher", teachers[0] if len(teachers) == 1 else None))
+def without_nulls(pairs):
+    """A JSON object without its nulls: data sets fill in what a row lacks, down to its tools."""
+    return {key: value for key, value in pairs if value is not None}
+
+def first_of(row, *keys):
+    """The value of the first of these keys that a row has, or None."""
+    for key in keys:
+        if row.get(key) not in (None, "", []):
+            return row[key]
+
+def parse_prompt(row, tokenizer, config, vocabulary, teachers):
+    """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
+    for key in ("messages", "tools"):
+        if isinstance(row.get(key), str):  # some data sets keep them as a string of JSON
+            row[key] = json.loads(row[key])
+    content = first_of(row, "prompt", "problem", "question", "messages")
+    answer = first_of(row, "answer", "ground_truth", "solution")
+    domain = first_of(row, "domain", "group")
+    teacher = row.get("teacher")
+    if teacher is None and len(teachers) == 1:
+        teacher = teachers[0]
     if not isinstance(content, (str, list)):
         raise ValueError("no prompt: give 'prompt' (a string or messages) or 'problem'")
     if isinstance(answer, (bool, dict, list)):
         raise ValueError(f"'answer' must be a string or a number, got {str(answer)[:60]}")
     if teacher not in teachers:
-        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: give --teacher NAME=PATH")
-    ids = list(tokenize(content, tokenizer, config, listed("tools")))
-    if not ids or set(ids) - vocabulary:
-        strange = tokenizer.convert_ids_to_tokens(list(set(ids) - vocabulary))
-        raise ValueError(f"{strange} are unknown to a model" if strange else "the prompt has no tokens")
-    return Prompt(ids, None if answer is None else str(answer), teacher, str(row.get("group", "")))
+        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: "
+                         "give --teacher NAME=PATH")
+    ids = list(tokenize(content, tokenizer, config, row.get("tools")))
+    strange = sorted(set(ids) - vocabulary)
+    if strange:
+        names = tokenizer.convert_ids_to_tokens(strange[:3])
+        raise ValueError(f"its tokens {names} are unknown to a model")
+    if not ids:
+        raise ValueError("the prompt has no tokens")
+    if answer is not None:
+        answer = str(answer)
+    if domain is None:
+        domain = ""
+    return Prompt(ids, answer, teacher, str(domain))
 
-def load_prompts(config, path, *about):  # of JSON Lines; those that are too long are dropped
-    prompts, longest = [], config.max_prompt_tokens
-    with explain(path, "give a JSON Lines file; paths start at the current folder"), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            with explain(f"{path} line {number}", "each line must be a JSON object in UTF-8, with a prompt"):
-                if text := line.decode("utf-8-sig").strip():
-                    row = dict(json.loads(text).items())
-                    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                    prompts.append(parse_prompt(config, row, *about))
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+def squeezed(text):
+    """Without what a tokenizer may change in good faith: case, runs of spaces, Unicode forms."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+def is_lost(row, ids, tokenizer):
+    """Whether a row's text is not in its tokens: a template or a tokenizer may lose it."""
+    text = first_of(row, "prompt", "problem", "question", "messages")
+    if isinstance(text, list):
+        users = [message for message in text if message.get("role") == "user"]
+        text = ""
+        if users:
+            text = text_of(users[-1].get("content"))
+    return squeezed(text) not in squeezed(tokenizer.decode(ids))
+
+def load_prompts(path, tokenizer, config, vocabulary, teachers):
+    """The prompts of a JSON Lines file; those that are too long are dropped, and counted."""
+    if not path:
+        return []
+    prompts, unread, lost = [], set(), []
+    with explain(path, "give a JSON Lines file"):
+        lines = Path(path).read_bytes().split(b"\n")  # only there: text may hold U+2028
+    for number, line in enumerate(progress(path, lines), 1):
+        with explain(f"{path} line {number}", "each line must be a JSON object with a prompt"):
+            line = line.decode("utf-8-sig").strip()
+            if not line:
+                continue
+            row = json.loads(line, object_pairs_hook=without_nulls)
+            if not isinstance(row, dict):
+                raise ValueError(f"not an object: {line[:60]}")
+            prompts.append(parse_prompt(row, tokenizer, config, vocabulary, teachers))
+            unread |= row.keys() - set(COLUMNS)
+            if is_lost(row, prompts[-1].ids, tokenizer):
+                lost.append(number)
+    kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     if len(kept) < WORLD_SIZE:
-        raise UserError(f"{path}: of {len(prompts)} prompts {len(kept)} have at most --max-prompt-tokens "
-                        f"{longest}, for {WORLD_SIZE} ranks; add some or raise it")
-    note(f"{path}: {len(kept)} prompts of at most {max(len(prompt.ids) for prompt in kept)} tokens",
-         len(kept) < len(prompts) and f"{len(prompts) - len(kept)} longer than {longest} tokens are dropped")
+        raise UserError(f"{path}: of {len(prompts)} prompts {len(kept)} have at most "
+                        f"--max-prompt-tokens {config.max_prompt_tokens}; raise it or add prompts")
+    if len(lost) > len(prompts) / 2:
+        raise UserError(f"{path} line {lost[0]} and {len(lost) - 1} more: the prompt's text is not "
+                        "in its tokens; its chat template or tokenizer loses it, try another")
+    print0(f"{path}: {len(kept)} prompts of at most {config.max_prompt_tokens} tokens")
+    for what, found in (("longer prompts, which are dropped", len(prompts) - len(kept)),
+                        ("lines not all of whose text is in their tokens", lost),
+                        ("columns that are not read", sorted(unread))):
+        if found:
+            print0(f"warning: {path}: {what}: {found}")
     return kept
 
-# --- Models -------------------------------------------------------------------------------------------------
-Source = collections.namedtuple("Source", "name folder config tokenizer")  # a checkpoint before it is loaded
+# --- Models --------------------------------------------------------------------------------------
 
-def teacher_paths(config):  # --teacher math=PATH --teacher code=PATH -> {"math": PATH, "code": PATH}
-    named = {}
+@dataclass
+class Source:
+    """A checkpoint before its weights are loaded."""
+    name: str  # student, or the teacher's
+    folder: Path
+    config: object
+    tokenizer: object
+
+def teacher_paths(config):
+    """["math=PATH", "code=PATH"] -> {"math": PATH, "code": PATH}; a lone PATH is "teacher"."""
+    paths = {}
     for entry in config.teacher:
-        match = re.fullmatch(r"([\w-]+)=(.+)", str(entry))
-        name, path = match.groups() if match else ("teacher", entry)
-        if name in (*named, "student"):
-            raise UserError(f"command line: --teacher {entry!r}: give each teacher a NAME=PATH of its own")
-        named[name] = path
-    return named
+        name, path = "teacher", entry
+        named = re.fullmatch(r"([\w-]+)=(.+)", entry)
+        if named and not os.path.isdir(entry):
+            name, path = named.groups()
+        if name in paths or name == "student":
+            raise UserError(f"--teacher {entry}: give each teacher a NAME=PATH of its own")
+        paths[name] = path
+    return paths
 
-def open_source(name, path):  # a folder, or the snapshot of a hub name. -> Source
+def open_source(name, path):
+    """A folder, or a name on the hub; what cannot be supported is refused. -> Source"""
     folder = Path(path)
-    if not os.path.isdir(path):
-        with explain(f"{name} {path}", "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
-            folder = Path(huggingface_hub.snapshot_download(
-                path, etag_timeout=5, allow_patterns="*.safetensors *.json *.jinja *.model *.txt".split()))
+    if not folder.is_dir():
+        with explain(f"{name} {path}",
+                     "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
+            folder = Path(huggingface_hub.snapshot_download(  # what transformers would load
+                str(path), etag_timeout=5, ignore_patterns=["*/*", "consolidated*"],
+                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
     with explain(f"{name} {path}", "give a complete checkpoint folder, tokenizer included"):
         if (folder / "adapter_config.json").exists():
             raise ValueError("this is a LoRA adapter: merge it into its base model")
-        config, tokenizer = (auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-                             for auto in (AutoConfig, AutoTokenizer))
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        options = {"local_files_only": True, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
+                    "lm_head_multiplier"):
             if getattr(config.get_text_config(), key, None) not in (None, 1):
                 raise ValueError(f"its {key} is not supported: logits must be hidden @ W.T")
     return Source(name, folder, config, tokenizer)
 
-def check_positions(source, longest):  # of prompt and response
-    c = source.config.get_text_config()
-    limit = getattr(c, "max_position_embeddings", None) or getattr(c, "max_seq_len", None)
-    rope = getattr(c, "rope_parameters", None) or {}
-    for r in [rope, *(r for r in rope.values() if isinstance(r, dict))]:  # of all layers, or by their types
-        original = r.get("original_max_position_embeddings") or limit
-        if r.get("rope_type") in ("longrope", "dynamic"):
-            limit = original  # beyond, the longest row of a batch would change the log-probs of the others
-        elif r.get("rope_type") == "yarn":
-            limit = int(r["factor"] * original)
-    if limit and longest > limit:
-        raise UserError(f"{source.name} {source.folder}: prompt and response may take {longest} tokens, its "
-                        f"positions end at {limit}; lower --max-new-tokens or --max-prompt-tokens")
+def check_positions(source, longest):
+    """Whether the model has as many positions as the longest prompt and response need."""
+    config = source.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *rope.values()]:  # some models have one for each type of layer
+        if isinstance(parameters, dict):
+            original = parameters.get("original_max_position_embeddings") or limit
+            if parameters.get("rope_type") == "yarn":
+                limit = int(parameters["factor"] * original)
+            elif parameters.get("rope_type") in ("longrope", "dynamic"):
+                limit = original  # beyond, a batch's longest row would change the others
+    if longest > limit:
+        raise UserError(f"{source.name} {source.folder}: prompt and response may take {longest} "
+                        f"tokens, its positions end at {limit}; lower --max-new-tokens or "
+                        "--max-prompt-tokens")
 
-def shared_vocabulary(student, teachers):  # compared id by id: the padded widths of embeddings prove nothing
-    ours, *others = ({i: token for token, i in source.tokenizer.get_vocab().items()}
-                     for source in (student, *teachers))
-    for teacher, theirs in zip(teachers, others):
-        wrong = sorted(i for i in ours if theirs.get(i, ours[i]) != ours[i])
-        if wrong or not ours.keys() & theirs:
-            raise UserError(f"teacher {teacher.name}: {len(wrong)} of the student's {len(ours)} ids differ: "
-                            f"{[(i, ours[i], theirs[i]) for i in wrong[:2]]}; choose a pair that shares them")
-    rows = min(source.config.get_text_config().vocab_size for source in (student, *teachers))
-    shared = {i for i in ours if i < rows and all(i in theirs for theirs in others)}
-    note(f"vocabulary: {len(shared)} ids are sampled and graded", len(shared) < len(ours) and
-         f"the student's other {len(ours) - len(shared)} have no embedding or are unknown to a teacher")
+def shared_vocabulary(student, teachers):
+    """The ids that all models have an embedding of, and take for the same token.
+
+    Compared id by id: that embeddings are equally wide proves nothing, since they are padded.
+    """
+    ours = {i: token for token, i in student.tokenizer.get_vocab().items()}
+    shared = set(ours)
+    for source in [student, *teachers]:
+        theirs = {i: token for token, i in source.tokenizer.get_vocab().items()}
+        rows = source.config.get_text_config().vocab_size
+        shared = {i for i in shared if i in theirs and i < rows}
+        differ = {i for i in shared if theirs[i] != ours[i]}
+        # Reserved tokens may have been renamed: no prompt and no rollout will have one.
+        wrong = sorted(differ - source.tokenizer.added_tokens_decoder.keys())
+        if wrong or not shared:
+            examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
+            raise UserError(f"teacher {source.name}: {len(wrong)} of the student's {len(ours)} ids "
+                            f"differ: {examples}; choose a pair that shares them")
+        shared -= differ
+    print0(f"vocabulary: {len(shared)} ids are sampled and graded")
+    if len(shared) < len(ours):
+        print0(f"warning: vocabulary: {len(ours) - len(shared)} ids of the student are left out: "
+               "without an embedding, unknown to a teacher, or of another name there")
     return shared
 
-def end_ids(model, tokenizer, config, vocabulary):  # the checkpoint's, and the template's end of turn
+def end_ids(model, tokenizer, config):
+    """What ends a response: the checkpoint's ids, and the chat template's end of turn."""
     ids = set()
     for source in (model.generation_config, model.config, tokenizer):
         listed = getattr(source, "eos_token_id", None)
-        ids |= {listed} if isinstance(listed, int) else set(listed or ())
+        if not isinstance(listed, list):
+            listed = [listed]
+        ids.update(listed)
     if tokenizer.chat_template and config.chat_template == "auto":
-        with suppress(Exception):  # a template that renders no replies has no end of turn to offer
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
-            tail = tokenizer.apply_chat_template(turns, tokenize=False).split("@reply@")[-1].lstrip()
-            first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
-            ids |= set(first) & {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return ids & vocabulary
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
+        with contextlib.suppress(Exception):  # a template without replies has no end of turn
+            text = tokenizer.apply_chat_template(turns, tokenize=False)
+            tail = text.split("@reply@")[-1].lstrip()
+            first = tokenizer(tail, add_special_tokens=False)["input_ids"][0]
+            if first in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+                ids.add(first)
+    return ids - {None}
 
-def load_model(source, dtype):  # on the host; complete, trainable and saveable
-    what = f"{source.name} {source.folder}"
+def load_model(source, dtype):
+    """A causal LM on the host: complete, frozen, and without dropout, which would make the policy
+    that is trained differ from the one that wrote."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True,
-        ignore_mismatched_sizes=True, trust_remote_code=False)
-    if broken := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-        raise ValueError(f"{len(broken)} weights are missing or of another shape, such as {broken[0]}")
-    if model.base_model is model or "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__} has no inner model or key/value cache: not supported")
-    if extra := sorted(info["unexpected_keys"]):
-        note(what, f"{len(extra)} weights of its file have no place in the model, such as {extra[0]}")
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError as error:  # it could be read, but not be saved
-        note(what, f"its generation config is invalid and left out: {str(error)[:60]} ...")
-        model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
-    model.requires_grad_(False)
-    if source.name == "student":  # not a vision tower: it gets no gradient from text, DDP would wait for it
-        model.get_decoder().requires_grad_()
-        model.get_output_embeddings().requires_grad_()
-    return model.eval()  # no dropout: the policy that is trained is the one that wrote
+        source.folder, dtype=dtype, use_safetensors=True, local_files_only=True,
+        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
+    broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if broken:
+        raise ValueError(f"{len(broken)} weights are missing or of another shape, such as "
+                         f"{broken[0]}")
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no inner model: not supported")
+    return model.requires_grad_(False).eval()
 
-def load_policy(source, config, vocabulary, mesh):  # in turns, so that the host holds a large model once
-    student, bf16 = source.name == "student", config.dtype == "bfloat16"
-    # AdamW at 1e-6 on bf16 weights rounds nearly every update away: the student's are float32 always.
-    dtype = torch.bfloat16 if bf16 and not student else torch.float32
-    for turn in range(WORLD_SIZE):
-        if turn == RANK:
-            with explain(f"{source.name} {source.folder}", "give a safetensors checkpoint of a causal LM"):
+def load_policy(source, config, vocabulary):
+    """The student or a teacher, on its device. -> Policy"""
+    is_student = source.name == "student"
+    # AdamW at 1e-6 on bf16 weights rounds nearly every update away: the student's are float32.
+    dtype = torch.float32 if is_student else compute_dtype(config)
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))):
+        if turn == LOCAL_RANK:  # in turn: a node's memory holds a large model once
+            with explain(f"{source.name} {source.folder}", "give a safetensors causal LM"):
                 model = load_model(source, dtype)
-                ends = end_ids(model, source.tokenizer, config, vocabulary)
-            policy = Policy(model, ends, vocabulary, config)
-            lists = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
-            layers = max(lists, key=lambda m: len(list(m.parameters())), default=[])
-            for layer in layers if student and config.gradient_checkpointing else ():
-                layer.forward = functools.partial(recomputed, layer.forward)
-            if mesh:
-                shard(policy, layers, mesh, student, bf16)
+                ends = end_ids(model, source.tokenizer, config)
+                if is_student and not ends <= vocabulary:
+                    raise ValueError(f"its end of sequence {sorted(ends)} is not in the vocabulary "
+                                     "that it shares with its teachers")
+                policy = Policy(model, ends, vocabulary, config)
+            if is_student:
+                prepare_student(model, config)
+            if is_sharded(config):
+                shard(policy, is_student)
             policy.to(DEVICE)
-        sum_over_ranks()
+        barrier()
+    print0(f"{source.name}: {model.num_parameters():,} parameters, "
+           f"end of sequence: {sorted(ends)}")
+    if not ends:
+        print0(f"warning: {source.name} has no end of sequence: responses end at --max-new-tokens")
     return policy
 
-def recomputed(forward, *args, **kwargs):  # torch's checkpointing; transformers' would need training mode
+def compute_dtype(config):
+    """Of the teachers, and of the products of a float32 student."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+def is_sharded(config):
+    """Whether FSDP is on: one rank has nobody to share with."""
+    return config.shard and WORLD_SIZE > 1
+
+def blocks(model):
+    """The transformer blocks of the text model."""
+    modules = model.get_decoder().modules()
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+
+def prepare_student(model, config):
+    """What is trained, and what is recomputed."""
+    # Not a vision tower: it gets no gradient from text, and DDP would wait for it.
+    model.get_decoder().requires_grad_()
+    model.get_output_embeddings().requires_grad_()
+    if config.gradient_checkpointing:
+        for block in blocks(model):
+            block.forward = functools.partial(recomputed, block.forward)
+
+def recomputed(forward, *args, **kwargs):
+    """Gradient checkpointing of a block; transformers' own would need training mode."""
     if torch.is_grad_enabled():
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 
-def shard(policy, layers, mesh, student, bf16):
-    """FSDP2. Teachers are gathered layer by layer; the student stays whole from its first sampled token to
-    the backward pass: gathering it for every token would cost far more than the memory is worth."""
-    options = dict(mesh=mesh, reshard_after_forward=not student)
-    if student and bf16:  # inputs are left alone: uniforms in bf16 would be 1 now and then
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fully_shard(layer, **options)
-    fully_shard(policy, **options)  # not the inner model: the head may be tied to the embedding
+def shard(policy, is_student):
+    """FSDP2. Teachers are gathered block by block; the student stays whole from its first sampled
+    token to the backward pass: gathering it for every token would cost more than its memory."""
+    precision = MixedPrecisionPolicy()
+    if is_student and policy.autocast_to_bf16:  # inputs stay: uniforms in bf16 could be 1
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # The policy last, and not the inner model: the head may be tied to the embedding.
+    for module in [*blocks(policy.model), policy]:
+        fully_shard(module, reshard_after_forward=not is_student, mp_policy=precision)
     register_fsdp_forward_method(policy, "sample")
 
-def load(config):  # everything a run needs, what is cheap first, reported line by line. -> Run
-    if lost := [path for path in (config.prompts, config.eval_prompts) if path and not os.path.exists(path)]:
-        raise UserError(f"{lost[0]}: no such file; paths start at the current folder")
-    student = open_source("student", config.student)
+def load(settings):
+    """Everything a run needs; what is cheap to check comes first. -> Run"""
+    config = settings
+    if settings.tiny:
+        config = make_tiny(settings)
+    newest = newest_checkpoint(config)
+    student = open_source("student", newest or config.student)
     teachers = [open_source(name, path) for name, path in teacher_paths(config).items()]
+    names = [source.name for source in teachers]
     vocabulary = shared_vocabulary(student, teachers)
-    about = student.tokenizer, vocabulary, [teacher.name for teacher in teachers]
-    run = Run(config, student.tokenizer, load_prompts(config, config.prompts, *about),
-              load_prompts(config, config.eval_prompts, *about) if config.eval_prompts else [])
-    note(f"first prompt: {run.tokenizer.decode(run.prompts[0].ids)!r}")
-    longest = max(len(prompt.ids) for prompt in run.prompts + run.eval_prompts) + config.max_new_tokens
-    for source in (student, *teachers):
+    prompts = load_prompts(config.prompts, student.tokenizer, config, vocabulary, names)
+    held_out = load_prompts(config.eval_prompts, student.tokenizer, config, vocabulary, names)
+    print0(f"first prompt: {student.tokenizer.decode(prompts[0].ids)!r}")
+    longest = max(len(prompt.ids) for prompt in prompts + held_out) + config.max_new_tokens
+    for source in [student, *teachers]:
         check_positions(source, longest)
-    open_output(config)
-    mesh = init_device_mesh(DEVICE, (WORLD_SIZE,)) if config.shard and WORLD_SIZE > 1 else None
-    load_student(run, student, vocabulary, mesh)
+    check_output(settings)
+    policy = load_policy(student, config, vocabulary)
+    trained, optimizer = prepare_training(policy, config)
+    run = Run(settings, config, student.tokenizer, prompts, held_out, policy, trained, optimizer,
+              files_to_export(student, policy))
+    if newest:
+        resume(run, newest)
+    warm_up_ddp(run)
     for source in teachers:
-        teacher = run.teachers[source.name] = load_policy(source, config, vocabulary, mesh)
-        ends = f"student {sorted(run.student.eos_ids)}, {source.name} {sorted(teacher.eos_ids)}"
-        note(f"end of sequence: {ends}", (teacher.eos_ids != run.student.eos_ids or not teacher.eos_ids) and
-             "rollouts end at the student's, or at --max-new-tokens; their length may drift")
-        if source.tokenizer.chat_template != run.tokenizer.chat_template and config.chat_template == "auto":
-            note(f"{source.name} has another chat template", "it grades prompts rendered by the student's")
+        run.teachers[source.name] = load_policy(source, config, vocabulary)
+        if run.teachers[source.name].eos_ids != policy.eos_ids:
+            print0(f"warning: {source.name} has another end of sequence than the student, with "
+                   "which rollouts end: their length may drift")
     self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
-    with suppress(AttributeError, RuntimeError):  # some configurations do not tell these sizes
-        report_memory(run, longest)
+    claim_output(settings, newest)
     return run
 
-def load_student(run, source, vocabulary, mesh):  # and its optimizer
-    config = run.config
-    if config.resume:
-        source = source._replace(folder=checkpoints(config.output_dir)[-1])
-    student = run.student = run.trained = load_policy(source, config, vocabulary, mesh)
+def prepare_training(student, config):
+    """-> the student as the update sees it, and its optimizer"""
     if student.model.num_parameters() < 1e6:
         torch.set_num_threads(1)  # two are slower for so small a model
-    student.model.generation_config.eos_token_id = sorted(student.eos_ids) or None  # it is saved with it
-    if WORLD_SIZE > 1 and not mesh:
-        run.trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    run.optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], config.lr,
-                                      betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
-    if config.resume:
-        resume(run, source.folder)
-    # DDP lays out its buckets in its first two backwards and rounds otherwise there: a resumed run must not.
-    nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-    for _ in range(2 if run.trained is not student else 0):
-        run.trained(nothing, nothing > 0)[0].sum().backward()
-    run.optimizer.zero_grad(set_to_none=False)
+    trained = student
+    if WORLD_SIZE > 1 and not is_sharded(config):
+        trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+    return trained, optimizer
+
+def clip_gradient(run):
+    """Scale the gradient down to --max-grad-norm, over all its shards. -> the norm it had"""
+    norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of a sharded student
+        norm = norm.full_tensor()
+    return norm.item()
+
+def warm_up_ddp(run):
+    """Two backwards of nothing: DDP lays out its buckets in its first two and rounds otherwise
+    there, so a resumed run would differ from one that went on."""
+    if run.trained is not run.student:
+        nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
+        for _ in range(2):
+            log_probs, _ = run.trained(nothing, nothing > 0)
+            log_probs.sum().backward()
+        run.optimizer.zero_grad(set_to_none=False)
 
 @torch.no_grad()
 def self_test(run):
-    """Scoring must find what sampling found by transformers' own forward, with a cache and a padded row: no
-    model passes that scales or caps its logits, or is given wrong positions or a wrong mask."""
-    config, ordered = run.config, sorted(run.prompts, key=lambda prompt: len(prompt.ids))
-    prompts = [ordered[0], ordered[-1]]
-    drawn = uniforms(config.seed, EVALUATE, rows=range(2), width=min(16, config.max_new_tokens))
-    limit = (1e-4 if config.dtype == "float32" else 0.2) / min(1, config.temperature)  # for rounding
-    for name, policy in {"student": run.student, **run.teachers}.items():
-        with explain(f"self-test of {name}", "such a model is not supported"):
-            r = lay_out(prompts, policy.eos_ids, *policy.sample([prompt.ids for prompt in prompts], drawn))
-            scored = policy(*r.batch([0, 1], r.ids, r.response))[0].cpu()  # [2, L]
-            gap = (scored - r.log_probs)[r.response].abs().mean().item()
-            found = f"log-probs of scoring and sampling are {gap:.1e} apart"
-            if not gap < limit:
-                cause = "it scales or caps its logits, or sees padding" if gap > 0 else "NaN in its weights?"
-                raise ValueError(f"{found}: {cause}")
-        note(f"self-test of {name}: {found}")
+    """Scoring must find what sampling found by transformers' own forward, with a cache and padded
+    rows: no model passes that scales its logits, or is given wrong positions or a wrong mask."""
+    config = run.config
+    if config.compile:
+        print0("compiling scoring and update: a minute, once")
+    by_length = sorted(run.prompts, key=lambda prompt: len(prompt.ids))
+    prompts = by_length[:4] + by_length[-4:]
+    rows = list(range(len(prompts)))
+    uniforms = stateless_uniforms((config.seed, EVALUATE), rows, min(16, config.max_new_tokens))
+    for name, policy in [("student", run.student), *run.teachers.items()]:
+        with explain(f"self-test of {name}", "such a model, or --compile here, is not supported"):
+            sampled = policy.sample([prompt.ids for prompt in prompts], uniforms)
+            r = lay_out(prompts, policy.eos_ids, *sampled)
+            gaps = []
+            for i in range(0, len(rows), 2):  # by twos, as long prompts may not fit all together
+                two = rows[i:i + 2]
+                scored, _ = policy(r.select(r.ids, two), r.select(r.mask, two))  # [2, l]
+                width = scored.shape[1]
+                gap = scored.cpu() - r.log_probs[two, :width]
+                gaps.append(gap[r.mask[two, :width]])
+            gap = torch.cat(gaps).abs().mean().item()
+            limit = 0.2 if policy.autocast_to_bf16 else 1e-4  # of rounding
+            if not gap < limit / min(1, config.temperature):
+                raise ValueError(f"log-probs of scoring and sampling are {gap:.1e} apart: it "
+                                 "scales or caps its logits, sees padding, or has NaN weights")
+        print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
 
-def report_memory(run, longest):  # what a rank needs at its peak, term by term as in the README, in bytes
-    config, model = run.config, run.student.model
-    c, size = model.config.get_text_config(), model.num_parameters()
-    shards = WORLD_SIZE if config.shard else 1
-    width = 2 if config.dtype == "bfloat16" else 4
-    layers, hidden = c.num_hidden_layers, c.hidden_size
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    head_dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
-    inner = getattr(c, "intermediate_size", None) or 4 * hidden
-    rows = -(-max(config.batch_size, len(run.eval_prompts)) // WORLD_SIZE)
-    tokens = min(max(config.micro_batch_tokens, longest), rows * longest)
-    # Bytes that a layer keeps of a token for backward, fitted; recomputed, layers keep their input only.
-    saved = 30 * hidden + width * (4 * inner + 5 * (c.num_attention_heads + heads) * head_dim)
-    saved = saved + 4 * hidden * layers if config.gradient_checkpointing else saved * layers
-    terms = dict(  # of the student: weights, gradients, two moments; a gathered copy or the casts of autocast
-        student=size * (16 / shards + (width if shards > 1 or width == 2 else 0)),
-        teachers=sum(p.nbytes for t in run.teachers.values() for p in t.parameters()) / shards,
-        rollout=2 * layers * heads * head_dim * width * min(config.rollout_batch_size, rows) * longest,
-        update=saved * tokens + 16 * CHUNK * c.vocab_size)
-    need = sum(terms.values()) - min(terms["rollout"], terms["update"])  # one after the other
-    there = torch.cuda.mem_get_info()[1] if DEVICE == "cuda" else (
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / WORLD_SIZE)
-    listed = ", ".join(f"{name} {term / 2**30:.2f}" for name, term in terms.items())
-    note(f"a rank needs {need / 2**30:.2f} of {there / 2**30:.2f} GB: {listed}",
-         need > there and "this will not fit; the README says what to lower")
-    return terms
+# --- The run's folder and its checkpoints --------------------------------------------------------
 
-# --- Checkpoints --------------------------------------------------------------------------------------------
-def open_output(config):  # of a new run, or of this one
-    if RANK == 0 and config.steps:
-        folder = Path(config.output_dir)
-        settings, metrics = folder / "config.json", folder / "metrics.jsonl"
-        now = {name: x for name, x in vars(config).items() if name not in ("config", "resume", "tiny")}
+MAY_CHANGE = ("steps", "eval_every", "save_every", "keep", "rollout_batch_size", "compile",
+              "micro_batch_tokens", "gradient_checkpointing", "shard")  # on resume
+# Whole and on the host, on rank 0; not strict, since some weights may never get a gradient.
+STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+
+def checkpoints(folder):
+    """Oldest first. Only a complete one ever has this name."""
+    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
+
+def newest_checkpoint(config):
+    """The one to resume, or None. Rank 0 looks: others may see a shared disk later."""
+    newest = None
+    if RANK == 0 and config.resume:
+        newest = max(checkpoints(config.output_dir), default=None)
+    return broadcast(newest)
+
+def check_output(settings):
+    """Whether a run may start, or go on, in its folder; before anything slow."""
+    folder = Path(settings.output_dir)
+    if RANK == 0 and settings.steps > 0:
         with explain(f"output folder {folder}", "choose another --output-dir"):
-            config.output_dir.encode()  # names that are not UTF-8 break the saving of tokenizers
-            if config.resume != bool(checkpoints(folder)):
-                raise ValueError("no complete checkpoint in it; start without --resume" if config.resume else
-                                 "it holds a run already; continue it with --resume")
-            before = json.loads(settings.read_bytes()) if settings.exists() or config.resume else now
-            changed = [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now
-                       if name not in MAY_DIFFER.split() and before.get(name) != now[name]]
-            if changed:
-                raise ValueError(f"other settings: {'; '.join(changed)}; only {MAY_DIFFER} may differ")
-            if not config.resume:
-                folder.mkdir(parents=True, exist_ok=True)
-                settings.write_text(json.dumps(now, indent=1))
-                if metrics.exists():
-                    metrics.replace(f"{metrics}.old")
-                metrics.touch()
-    sum_over_ranks()
+            str(folder).encode()  # a name that is not UTF-8 breaks what others write into it
+            if settings.resume and (folder / "config.json").exists():
+                check_same_settings(folder, settings)
+            elif checkpoints(folder) or (folder / "config.json").exists():
+                raise ValueError("it holds a run; continue it with --resume")
+            with complete_folder(folder / "trial"):  # can a checkpoint be saved there?
+                pass
+            (folder / "trial").rmdir()
+    barrier()
 
-@contextmanager
-def complete_folder(folder):  # gets its name when all of it is on the disk: no kill leaves half of one
-    temporary = Path(f"{folder}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+def claim_output(settings, newest):
+    """Take the folder of a new run for this run alone, when it is ready to start."""
+    folder = Path(settings.output_dir)
+    if RANK == 0 and settings.steps > 0:
+        with explain(f"output folder {folder}", "choose another --output-dir"):
+            if not (settings.resume and (folder / "config.json").exists()):
+                with (folder / "config.json").open("x") as file:  # fails if another was first
+                    json.dump(to_save(settings), file, indent=1)
+            if newest is None:
+                (folder / "metrics.jsonl").write_text("")
+            for stale in folder.glob("*.partial/"):  # of a run that was killed
+                shutil.rmtree(stale, ignore_errors=True)
+    barrier()
+
+def to_save(settings):
+    """What config.json holds: not where it lies, as the folder may be moved."""
+    record = dict(vars(settings))
+    for name in ("config", "resume", "output_dir"):
+        del record[name]
+    return record
+
+def check_same_settings(folder, settings):
+    """A resumed run goes on with its own settings."""
+    before = json.loads((folder / "config.json").read_text())
+    changed = []
+    for name, value in to_save(settings).items():
+        if name not in MAY_CHANGE and before.get(name, value) != value:
+            changed.append(f"{name} was {before[name]!r}, is {value!r}")
+    if changed:
+        raise ValueError(f"other settings: {'; '.join(changed)}; only {', '.join(MAY_CHANGE)} may "
+                         "change")
+
+@contextlib.contextmanager
+def complete_folder(folder):
+    """It gets its name when all of it is on the disk: no kill leaves half of one."""
+    temporary = folder.with_name(f"{folder.name}-{secrets.token_hex(2)}.partial")
     temporary.mkdir(parents=True)
-    yield temporary
-    os.sync()
-    temporary.rename(folder)
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # safetensors makes files that others cannot read
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            raise ValueError(f"{error}: this file system cannot rename a folder, as a bucket "
+                             "cannot; choose an --output-dir on a disk") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
+        raise
 
-def checkpoints(folder):  # oldest first; only a complete one ever gets its name
-    return sorted(Path(folder).glob("checkpoint-" + 6 * "[0-9]"))
+def files_to_export(source, policy):
+    """The student's small files, for its checkpoints: what it says of itself stays as it was,
+    readable for older versions of transformers too. {name: bytes}"""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    files = {}
+    for path in source.folder.iterdir():
+        if path.is_file() and not path.name.endswith((*weights, ".index.json")):
+            files[path.name] = path.read_bytes()
+    generation = json.loads(files.get("generation_config.json", "{}"))
+    generation["eos_token_id"] = sorted(policy.eos_ids)  # so that others stop where rollouts did
+    files["generation_config.json"] = json.dumps(generation, indent=2).encode()
+    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
+    if head.weight is not embedding.weight:  # which its configuration may not know
+        config = json.loads(files["config.json"])
+        config["tie_word_embeddings"] = False
+        if "text_config" in config:
+            config["text_config"]["tie_word_embeddings"] = False
+        files["config.json"] = json.dumps(config, indent=2).encode()
+    return files
 
-STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)  # some weights get no gradient
-
-def save_checkpoint(run):  # randomness and data position follow from seed and step
-    model, folder = run.student.model, Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
-    weights = get_model_state_dict(model, options=STATE)  # collective: rank 0 gets the shards of all
+def save_checkpoint(run):
+    """Weights in float32 with both moments, 12 bytes a parameter, and the student's own files.
+    The order of prompts and all random numbers follow from the step."""
+    model = run.student.model
+    folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
+    weights = dcp.get_model_state_dict(model, options=STATE)  # collective: rank 0 gets it all
     moments = {}
     if run.optimizer.state:  # else asking for it would make some, of a step that never was
-        moments = get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
+        moments = dcp.get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if RANK == 0 and not folder.exists():
-        with explain(f"checkpoint {folder}", "make room and --resume: the last complete one is intact"), \
-                complete_folder(folder) as temporary:
-            once = dict([*model.named_parameters(), *model.named_buffers()])  # a tied head is not named again
-            model.save_pretrained(temporary, state_dict={n: w for n, w in weights.items() if n in once})
-            run.tokenizer.save_pretrained(temporary)
-            torch.save(moments, temporary / "optimizer.pt")  # no *.safetensors: not weights
-        for old in checkpoints(run.config.output_dir)[:-run.config.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    sum_over_ranks()
+        once = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name in weights.keys() - once.keys():  # a tied head is the embedding
+            del weights[name]
+        with explain(f"checkpoint {folder}",
+                     "make room and --resume: the last complete one is intact"):
+            with complete_folder(folder) as temporary:
+                model.save_pretrained(temporary, state_dict=weights)
+                for name, content in run.files.items():
+                    (temporary / name).write_bytes(content)
+                torch.save(moments, temporary / "optimizer.pt")  # .safetensors are for weights
+            for old in checkpoints(folder.parent)[:-run.config.keep]:
+                gone = old.rename(f"{old}.partial")  # no kill leaves half of one with its name
+                shutil.rmtree(gone, ignore_errors=True)
+    barrier()
 
-def resume(run, folder):  # the weights are loaded already
+def resume(run, folder):
+    """Optimizer, step, and the log cut back to it; the weights are loaded already."""
     run.step = int(folder.name[-6:])
-    path = Path(run.config.output_dir, "metrics.jsonl")
-    with explain(f"checkpoint {folder}", "remove this folder to continue the checkpoint before it"):
+    with explain(f"checkpoint {folder}", "remove this folder to continue the one before it"):
         moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
         if moments:
-            set_optimizer_state_dict(run.trained, run.optimizer, moments, options=STATE)
+            dcp.set_optimizer_state_dict(run.trained, run.optimizer, moments, options=STATE)
     if RANK == 0:
-        with explain(path, "it must be the log of the run to continue"):
-            rows = [row for row in read_log(run.config.output_dir) if row["step"] <= run.step]
-            temporary = Path(f"{path}.partial")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            temporary.replace(path)
-    sum_over_ranks()
+        path = folder.with_name("metrics.jsonl")
+        with explain(str(path), "it must be the log of the run to continue"):
+            rows = [row for row in read_log(folder.parent) if row["step"] <= run.step]
+            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            if "loss" not in row:
+                run.evaluated = row["step"]
+    run.evaluated = broadcast(run.evaluated)
 
-# --- The tiny pair: a teacher and a student made in seconds -------------------------------------------------
-def tiny_tokenizer():  # one token a character
-    vocab = {token: i for i, token in enumerate([*"0123456789+,=", "<pad>", "<eos>", "<unk>"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+# --- The tiny pair: a teacher and a student made in seconds --------------------------------------
+
+def tiny_tokenizer():
+    """One token a character."""
+    characters = list("0123456789+,=") + ["<pad>", "<eos>", "<unk>"]
+    vocabulary = {token: i for i, token in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
     tokenizer.decoder = tokenizers.decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
-                                   unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 def tiny_rows(rng, count, digits, mixture):
-    """The running sum mod 10 ("+") or maximum (",") of digits: an early slip poisons what follows."""
-    for domain in rng.choice(list(mixture), count, p=list(mixture.values())).tolist():
+    """The running sum mod 10 ("+") or maximum (",") of digits: a slip poisons what follows."""
+    domains = rng.choice(list(mixture), count, p=list(mixture.values()))
+    for domain in domains.tolist():
         numbers = rng.integers(0, 10, digits)
-        answer = np.cumsum(numbers) % 10 if domain == "+" else np.maximum.accumulate(numbers)
+        if domain == "+":
+            answer = np.cumsum(numbers) % 10
+        else:
+            answer = np.maximum.accumulate(numbers)
         prompt = "".join(map(str, numbers)) + domain + "="
-        yield dict(prompt=prompt, answer="".join(map(str, answer)), group=domain)
+        yield {"prompt": prompt, "answer": "".join(map(str, answer)), "domain": domain}
 
-def pretrain(name, shape, domains, target_loss, tiny, seed):  # until the smoothed loss is low
+def even_mixture(domains):
+    """{domain: share}, all shares alike."""
+    return {domain: 1 / len(domains) for domain in domains}
+
+def pretrain(name, shape, domains, target_loss, tiny, seed):
+    """Train a model on its domains until the smoothed loss is low."""
     torch.manual_seed(seed)
-    rng, tokenizer = default_rng((seed, PRETRAIN, *name.encode())), tiny_tokenizer()
-    model = Qwen3ForCausalLM(Qwen3Config(
+    rng = default_rng((seed, PRETRAIN, *name.encode()))
+    tokenizer = tiny_tokenizer()
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **shape))
-    optimizer = torch.optim.AdamW(model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
-    for step in progress(tiny["pretrain_steps"], name):
-        rows = tiny_rows(rng, 128, tiny["digits"], dict.fromkeys(domains, 1 / len(domains)))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
+    smooth = None
+    for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
+        rows = tiny_rows(rng, 128, tiny["digits"], even_mixture(domains))
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1109,92 +1866,154 @@ def pretrain(name, shape, domains, target_loss, tiny, seed):  # until the smooth
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        smooth = 0.8 * smooth + 0.2 * loss.item() if step else loss.item()
+        smooth = loss.item() if smooth is None else 0.8 * smooth + 0.2 * loss.item()
         if smooth < target_loss:
             break
-    note(f"{name}: {model.num_parameters():,} parameters, loss {smooth:.3f} after {step + 1} steps",
-         smooth >= target_loss and f"it was to reach {target_loss}: it has not learned; try another seed")
+    print0(f"the tiny {name}: {model.num_parameters():,} parameters, loss {smooth:.3f} after "
+           f"{step + 1} steps")
+    if smooth >= target_loss:
+        print0(f"warning: it was to reach {target_loss}: it has not learned; try another seed")
     return model
 
-def make_tiny(config):  # once for an output folder. -> the config of a run on them
-    folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
-    torch.set_num_threads(1)  # on all ranks: two are slower for so small a pair
-    with explain(f"task {config.task!r}", "mend tiny in its JSON file, or choose another --output-dir"):
-        tiny = config.tiny | config.tiny["tasks"][config.task]  # a task's own student wins
+def make_tiny(settings):
+    """Make the pair, once for an output folder. -> the settings of a run on it"""
+    folder = Path(settings.output_dir, f"tiny-{settings.task}-{settings.seed}")
+    torch.set_num_threads(1)  # two are slower for so small a pair
+    with explain(f"task {settings.task}", f"mend tiny in {settings.config}"):
+        tiny = settings.tiny | settings.tiny["tasks"][settings.task]  # a task's own student wins
         if RANK == 0 and not folder.exists():
             with complete_folder(folder) as temporary:
-                write_tiny(temporary, tiny, config.seed)
-    sum_over_ranks()
+                write_tiny(temporary, tiny, settings.seed)
+    barrier()
     teachers = [f"{name}={folder}/{name}" for name in tiny["models"] if name != "student"]
-    return dataclasses.replace(config, tiny=None, teacher=teachers, student=f"{folder}/student",
-                               prompts=f"{folder}/prompts.jsonl", eval_prompts=f"{folder}/eval_prompts.jsonl")
+    return dataclasses.replace(
+        settings, teacher=teachers, student=settings.student or f"{folder}/student",
+        prompts=f"{folder}/prompts.jsonl", eval_prompts=f"{folder}/eval_prompts.jsonl")
 
 def write_tiny(folder, tiny, seed):
-    for name, domains in tiny["models"].items():  # each is trained on its domains
-        kind = name if name == "student" else "teacher"
+    """Its models, each trained on its domains, and its prompts."""
+    for name, domains in tiny["models"].items():
+        kind = "student" if name == "student" else "teacher"
         model = pretrain(name, tiny[kind], domains, tiny[kind + "_loss"], tiny, seed)
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
-    rng, mixture = default_rng((seed, ORDER)), tiny["mixture"]  # {domain: share}
-    even = dict.fromkeys(mixture, 1 / len(mixture))
-    for name, count, shares in (("prompts", 4096, mixture), ("eval_prompts", 512, even)):
+    rng = default_rng((seed, ORDER))
+    mixture = tiny["mixture"]  # {domain: share}
+    for name, count in (("prompts", 4096), ("eval_prompts", 512)):
         with open(folder / f"{name}.jsonl", "w") as file:
-            for row in tiny_rows(rng, count, tiny["digits"], shares):
-                file.write(json.dumps(row | {"teacher": tiny["graded_by"][row["group"]]}) + "\n")
+            for row in tiny_rows(rng, count, tiny["digits"], mixture):
+                row["teacher"] = tiny["graded_by"][row["domain"]]
+                file.write(json.dumps(row) + "\n")
+        mixture = even_mixture(mixture)
 
-# --- The command --------------------------------------------------------------------------------------------
-def on_signal(number, frame):  # the run stops after its step
-    STOP.set()  # a second Ctrl-C ends it at once; a second SIGTERM does not, since launchers send it twice
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN)
+# --- The command ---------------------------------------------------------------------------------
 
-def set_up(config):
-    warnings.simplefilter("ignore")
-    sys.stdout.reconfigure(errors="backslashreplace")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if DEVICE == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans 23 to 37 ms for every new length: for every token
-    if WORLD_SIZE > 1:  # half a day: longer than any rank has to wait for the longest rollouts of another
-        dist.init_process_group("cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))
+def ask_to_stop(number, frame):
+    """The first signal: stop after this step. A second Ctrl-C: at once."""
+    if STOP.is_set() and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    STOP.set()
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+
+@contextlib.contextmanager
+def guest():
+    """What a run changes in its process is as before afterwards: it may be a notebook's."""
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has the first two
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does
+                if name == "SIGTERM" or not ignored:
+                    handlers[number] = signal.signal(number, ask_to_stop)
+    threads = torch.get_num_threads()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    errors = getattr(sys.stdout, "errors", None)
     STOP.clear()
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    if not config.output_dir:
-        now = sum_over_ranks(torch.tensor(0.0 if RANK else time.time(), dtype=torch.float64)).item()
-        config.output_dir = time.strftime("runs/%Y%m%d-%H%M%S", time.localtime(now))
-
-def fail(message):  # one line on what is wrong, under torchrun also where it looks for the root cause
-    message = visible(" ".join(message.split())[:900])
-    if RANK:  # if the fault is everybody's, rank 0 says so and torchrun ends the others meanwhile
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
-
-def main(argv=None):
-    """The command. Status 0; 130 if told to stop; 2 after a user's mistake, 1 and a traceback after ours."""
-    status = 2
     try:
-        config = parse_config(argv)
-        set_up(config)
-        status = 0 if train(make_tiny(config) if config.tiny else config) else 130
-        sum_over_ranks()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            transformers.logging.set_verbosity_error()
+            if not on_terminal(sys.stderr):
+                transformers.logging.disable_progress_bar()
+            if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+                sys.stdout.reconfigure(errors="backslashreplace")
+            # cuDNN's attention plans 23 to 37 ms for every new length: for every token.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors=errors)
+
+def start_ranks(config):
+    """Device and ranks, and a name for the output folder where none was given."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(LOCAL_RANK)
+    if WORLD_SIZE > 1:
+        backend = "gloo"
+        if DEVICE == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
+    if not config.output_dir:
+        # With some random letters: runs that are started together get a folder each.
+        name = time.strftime("runs/%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+        config.output_dir = broadcast(name)
+
+def main(argv=()):
+    """The command: main(["--steps", "5"]) is `python fire_opd.py --steps 5`.
+
+    Raises SystemExit: 130 if it was told to stop, 2 after a user's mistake, which is one line.
+    """
+    message = None
+    try:
+        with guest():
+            config = parse_config(argv)
+            start_ranks(config)
+            finished = train(config)
     except UserError as error:
-        fail(str(error))
+        message = str(error)
     except torch.OutOfMemoryError:
-        fail("out of GPU memory; see the README for what to lower, such as --micro-batch-tokens")
-    except Exception as error:
-        status = 1
+        message = ("out of GPU memory; lower --micro-batch-tokens or --rollout-batch-size, "
+                   "or add --gradient-checkpointing or --shard")
+    if message is not None:
+        message = " ".join(message.split())[:900]
+        sys.stderr.write(f"error: {message}\n")  # in one piece, as other ranks may write too
+        raise SystemExit(2)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+        host_group.cache_clear()
+    if not finished:
+        raise SystemExit(130)
+
+def run_as_script():
+    """The process ends as main does, on several ranks without waiting for those that still run."""
+    # guest() takes SIGTERM over during the run and then puts this back: launchers send it more
+    # than once, and the second must not change the status of a run that has stopped.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    status = 0
+    try:
+        main(sys.argv[1:])
+    except SystemExit as stop:
+        status = stop.code
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
         traceback.print_exc()
-        fail(f"{type(error).__name__}: {error}; complete checkpoints are intact")
-    if WORLD_SIZE > 1:  # an orderly exit would wait for the other ranks, and Gloo's teardown may abort
+        status = 1
+    if WORLD_SIZE > 1:
         sys.stdout.flush()
         os._exit(status)
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 if __name__ == "__main__":
-    main()
+    run_as_script()
