@@ -286,7 +286,8 @@ def hard_weights(weights, response_mask):
     half = (length + 1) // 2
     heaviest_first = weights.argsort(dim=1, descending=True, stable=True)
     rank = heaviest_first.argsort(1)  # [B, T], 0 is the heaviest; off the mask all come last
-    return (rank < half) * length / half.clamp(min=1)
+    scale = length.to(weights.dtype) / half.clamp(min=1)
+    return (rank < half) * scale
 
 # --- Ranks: torchrun starts one process a GPU, each takes its share of the rows ------------------
 
@@ -576,16 +577,15 @@ def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
 @torch.no_grad()
 def score(run, rollouts):
     """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, L]"""
-    log_probs, entropy = torch.zeros(2, *rollouts.ids.shape)
+    tables = torch.zeros(2, *rollouts.ids.shape)  # [2, B, L]
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
         for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
             ids = rollouts.select(rollouts.ids, micro)  # [b, l]
             mask = rollouts.select(rollouts.mask, micro)
-            teacher_log_probs, teacher_entropy = teacher(ids, mask)
-            log_probs[micro, :ids.shape[1]] = teacher_log_probs.cpu()
-            entropy[micro, :ids.shape[1]] = teacher_entropy.cpu()
-    return sum_over_ranks(log_probs), sum_over_ranks(entropy)
+            graded = torch.stack(teacher(ids, mask))  # [2, b, l]
+            tables[:, micro, :ids.shape[1]] = graded.cpu()
+    return sum_over_ranks(tables)
 
 def update(run, rollouts, teacher_log_probs, keep, weights):
     """Steps 5 and 6, from kept trajectories: the others never enter the student's forward.
@@ -619,11 +619,13 @@ def update(run, rollouts, teacher_log_probs, keep, weights):
     norm = clip_gradient(run)
     finite = math.isfinite(loss + norm) and bool(rollouts.log_probs.isfinite().all())
     if finite and rows:
+        skipped = 0
         run.optimizer.step()
     else:
-        loss = math.nan  # the parameters stay as they are
+        skipped = 1  # the parameters stay as they are
+        loss = math.nan
     run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's buckets are the gradients: kept
-    return {"loss": loss, "grad_norm": norm, "skipped_updates": int(math.isnan(loss))}
+    return {"loss": loss, "grad_norm": norm, "skipped_updates": skipped}
 
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
@@ -939,29 +941,33 @@ def correctness(run, rollouts):
             correct[i] = is_correct(text, prompt.answer)
     return correct
 
-def averages(run, graded, correct, rows):
-    """The metrics of some rows [B] bool, as means over their tokens or trajectories."""
+def averages(run, graded, groups):
+    """Means over the tokens or trajectories of groups of rows. groups {suffix: rows [B] bool}"""
     rollouts = graded.rollouts
-    rows = rows & graded.scores.isfinite()
-    valid = rollouts.mask & rows[:, None]  # [B, L]
+    correct = correctness(run, rollouts)
     ended = (is_eos(rollouts.ids, run.student.eos_ids) & rollouts.mask).any(1)  # [B]
-    known = rows & correct.isfinite()
-    values = {
-        "reverse_kl": (rollouts.log_probs - graded.teacher_log_probs)[valid],  # the k1 estimate
-        "score": graded.scores[rows],
-        "teacher_entropy": graded.teacher_entropy[valid],
-        "student_entropy": rollouts.student_entropy[valid],
-        "response_length": rollouts.mask.sum(1)[rows],
-        "truncated_ratio": ~ended[rows],
-    }
-    if known.any():
-        values["exact_match"] = correct[known]
-    return {name: x.float().mean().item() for name, x in values.items()}
+    metrics = {}
+    for suffix, rows in groups.items():
+        rows = rows & graded.scores.isfinite()
+        valid = rollouts.mask & rows[:, None]  # [B, L]
+        known = rows & correct.isfinite()
+        values = {
+            "reverse_kl": (rollouts.log_probs - graded.teacher_log_probs)[valid],  # k1 estimate
+            "score": graded.scores[rows],
+            "teacher_entropy": graded.teacher_entropy[valid],
+            "student_entropy": rollouts.student_entropy[valid],
+            "response_length": rollouts.mask.sum(1)[rows],
+            "truncated_ratio": ~ended[rows],
+        }
+        if known.any():
+            values["exact_match"] = correct[known]
+        for name, x in values.items():
+            metrics[name + suffix] = x.float().mean().item()
+    return metrics
 
 def measure_step(run, graded, stopwatch):
     """The row of a step in metrics.jsonl: of all rollouts, the kept and the dropped."""
     keep = graded.keep
-    correct = correctness(run, graded.rollouts)
     weights = graded.weights[graded.rollouts.mask & keep[:, None]]  # [n]
     metrics = {
         "step": run.step + 1,  # the one that was just done
@@ -973,10 +979,8 @@ def measure_step(run, graded, stopwatch):
         for name in run.teachers:
             own = torch.tensor([prompt.teacher == name for prompt in graded.rollouts.prompts])
             metrics["keep_ratio/" + name] = keep[own].float().mean().item()
-    metrics |= averages(run, graded, correct, torch.ones_like(keep))
-    for suffix, rows in (("_kept", keep), ("_dropped", ~keep)):
-        for name, x in averages(run, graded, correct, rows).items():
-            metrics[name + suffix] = x
+    groups = {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep}
+    metrics |= averages(run, graded, groups)
     stopwatch.lap("metrics")
     metrics |= stopwatch.seconds
     seconds = sum(stopwatch.seconds.values())
@@ -996,12 +1000,10 @@ def evaluate(run):
     scores = trajectory_scores(teacher_log_probs, rollouts.mask)
     everything = torch.ones(len(prompts), dtype=torch.bool)
     graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, everything, None)
-    correct = correctness(run, rollouts)
-    metrics = averages(run, graded, correct, everything)
+    groups = {"": everything}
     for domain in sorted({prompt.domain for prompt in prompts} - {""}):
-        own = torch.tensor([prompt.domain == domain for prompt in prompts])
-        for name, x in averages(run, graded, correct, own).items():
-            metrics[f"{name}/{domain}"] = x
+        groups["/" + domain] = torch.tensor([prompt.domain == domain for prompt in prompts])
+    metrics = averages(run, graded, groups)
     shown = []
     for name, x in metrics.items():
         if name.startswith(("exact_match", "reverse_kl")):
@@ -1252,9 +1254,8 @@ def write_report(run):
             + chart("Training", rows, ["keep_ratio"])
             + chart("Training", rows, ["filter_threshold"], from_zero=False)
             + chart("Training", rows, ["response_length"]) + LEGEND)
-    for name in ("first_step.html", "last_step.html"):
-        if (folder / name).exists():
-            body += (folder / name).read_text(encoding="utf-8")
+    for path in sorted(folder.glob("*_step.html")):  # the first, then the last
+        body += path.read_text(encoding="utf-8")
     changed = {}
     for name, value in vars(run.settings).items():
         if name != "tiny" and value != getattr(Config(), name):
@@ -1329,7 +1330,7 @@ def parse_prompt(row, tokenizer, config, vocabulary, teachers):
     if teacher not in teachers:
         raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: "
                          "give --teacher NAME=PATH")
-    ids = list(tokenize(content, tokenizer, config, row.get("tools")))
+    ids = list(tokenize(content, tokenizer, config, first_of(row, "tools")))
     strange = sorted(set(ids) - vocabulary)
     if strange:
         names = tokenizer.convert_ids_to_tokens(strange[:3])
@@ -1749,8 +1750,8 @@ def complete_folder(folder):
         try:
             temporary.rename(folder)
         except OSError as error:
-            raise ValueError(f"{error}: this file system cannot rename a folder, as a bucket "
-                             "cannot; choose an --output-dir on a disk") from error
+            raise ValueError(f"this file system cannot rename a folder, as buckets cannot: "
+                             f"{error}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
         raise
@@ -1758,6 +1759,9 @@ def complete_folder(folder):
 def files_to_export(source, policy):
     """The student's small files, for its checkpoints: what it says of itself stays as it was,
     readable for older versions of transformers too. {name: bytes}"""
+    # Its generation config goes along as a file: some cannot be saved by the transformers that
+    # has read them.
+    policy.model.generation_config = transformers.GenerationConfig()
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
     files = {}
     for path in source.folder.iterdir():
@@ -1767,7 +1771,8 @@ def files_to_export(source, policy):
     generation["eos_token_id"] = sorted(policy.eos_ids)  # so that others stop where rollouts did
     files["generation_config.json"] = json.dumps(generation, indent=2).encode()
     head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
-    if head.weight is not embedding.weight:  # which its configuration may not know
+    tied = source.config.get_text_config().tie_word_embeddings
+    if tied and head.weight is not embedding.weight:  # it is not true of these weights
         config = json.loads(files["config.json"])
         config["tie_word_embeddings"] = False
         if "text_config" in config:
@@ -1953,7 +1958,8 @@ def guest():
         if bars:
             transformers.logging.enable_progress_bar()
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors=errors)
+            with contextlib.suppress(OSError):  # it may be a pipe that was closed
+                sys.stdout.reconfigure(errors=errors)
 
 def start_ranks(config):
     """Device and ranks, and a name for the output folder where none was given."""
