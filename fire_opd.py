@@ -715,10 +715,13 @@ class RolloutCache(transformers.DynamicCache):
         super().__init__(config=model.config)
         self.position = position  # [1], the slot of the token that is fed in
         config = model.config.get_text_config()
-        rotary = getattr(config, "rope_parameters", None) and not getattr(config, "alibi", False)
+        rope = getattr(config, "rope_parameters", None) or {}
+        # Dynamic positions ask the device for the length, which no graph can record.
+        rotary = len(rope) > 0 and rope.get("rope_type") != "dynamic"
+        alibi = getattr(config, "alibi", False)
         torch_attention = model.config._attn_implementation == "sdpa"
         plain = all(type(layer) is DynamicLayer for layer in self.layers)
-        self.roomy = bool(rotary) and torch_attention and plain
+        self.roomy = rotary and not alibi and torch_attention and plain
         if self.roomy:
             self.layers = [RoomyLayer(position) for _ in self.layers]
 
@@ -746,7 +749,7 @@ def repeat(step, times, capture):
     step()  # also warms up what must not be recorded
     if capture and times > 2:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread, too
             step()  # is only recorded
         step = graph.replay
     for _ in range(times - 1):
@@ -1767,11 +1770,12 @@ def files_to_export(source, policy):
     for path in source.folder.iterdir():
         if path.is_file() and not path.name.endswith((*weights, ".index.json")):
             files[path.name] = path.read_bytes()
-    generation = json.loads(files.get("generation_config.json", "{}"))
+    with explain(f"student {source.folder}", "mend its generation_config.json"):
+        generation = json.loads(files.get("generation_config.json", "{}"))
     generation["eos_token_id"] = sorted(policy.eos_ids)  # so that others stop where rollouts did
     files["generation_config.json"] = json.dumps(generation, indent=2).encode()
     head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
-    tied = source.config.get_text_config().tie_word_embeddings
+    tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head.weight is not embedding.weight:  # it is not true of these weights
         config = json.loads(files["config.json"])
         config["tie_word_embeddings"] = False
@@ -1924,6 +1928,7 @@ def ask_to_stop(number, frame):
 @contextlib.contextmanager
 def guest():
     """What a run changes in its process is as before afterwards: it may be a notebook's."""
+    STOP.clear()
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has the first two
@@ -1937,7 +1942,6 @@ def guest():
     verbosity = transformers.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     errors = getattr(sys.stdout, "errors", None)
-    STOP.clear()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -2016,8 +2020,11 @@ def run_as_script():
     except BaseException:
         traceback.print_exc()
         status = 1
-    if WORLD_SIZE > 1:
+    try:
         sys.stdout.flush()
+    except OSError:  # the reader of a pipe has gone: Python would complain when it flushes again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if WORLD_SIZE > 1:
         os._exit(status)
     sys.exit(status)
 

@@ -209,10 +209,12 @@ def start():
     def start(argv, log, ranks=1):
         port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
         processes = []
-        for rank in range(ranks):
-            arguments = (argv, str(log), rank, ranks, port)
-            processes.append(context.Process(target=child, args=arguments))
-            processes[-1].start()
+        with pytest.MonkeyPatch.context() as patch:  # they need not import what started pytest
+            patch.delattr(sys.modules["__main__"], "__file__", raising=False)
+            for rank in range(ranks):
+                arguments = (argv, str(log), rank, ranks, port)
+                processes.append(context.Process(target=child, args=arguments))
+                processes[-1].start()
         return processes
 
     return start
@@ -4393,8 +4395,6 @@ def test_main_never_looks_at_the_command_line_of_its_process(monkeypatch):
 def train_on(ranks, argv, log, start):
     """A run on some ranks that comes to its end. -> what they have written"""
     processes = start(argv, log, ranks)
-    for process in processes:
-        process.join(400)  # two that compile, on a machine that is busy
     codes, text = end(processes, log)
     assert codes == {0}, text
     return text
@@ -4512,6 +4512,93 @@ def test_compiled_ranks_have_the_losses_of_eager_ones(pair, whole, tmp_path, out
         settings["shard"] = True
     train_on(2, flags(pair, out, **settings), tmp_path / "log", start)
     assert_same_metrics(log_of(whole), log_of(out), rel=1e-3, abs=1e-4)
+
+
+# --- The README ----------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def blocks_of(language):
+    """The code blocks of the README in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_two_commands_are_printed_as_ci_runs_them():
+    commands = "\n".join(blocks_of("bash")).splitlines()
+    assert "pip install -r requirements.txt && python fire_opd.py" in commands
+    assert "python -m pytest -q" in commands
+
+
+def test_every_flag_in_the_readme_is_a_setting():
+    flags = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", README))
+    others = {"help", "nproc-per-node", "shutdown-timeout"}  # the last two are torchrun's
+    assert len(flags) > 20
+    for flag in flags - others:
+        assert flag.replace("-", "_") in vars(f.Config()), flag
+
+
+def test_every_function_in_the_table_of_a_step_exists():
+    table = README.split("## One step")[1].split("## Read the file")[0]
+    names = re.findall(r"`(\w+)`", table)
+    assert len(names) > 8
+    for name in names:
+        assert callable(getattr(f, name)), name
+
+
+def test_every_metric_is_in_the_glossary(pair, tmp_path):
+    teachers = [f"one={pair / 'teacher'}", f"two={pair / 'other'}"]
+    f.main(flags(pair, tmp_path / "out", teacher=teachers, prompts=pair / "routed.jsonl",
+                 eval_prompts=pair / "routed.jsonl"))
+    glossary = re.findall(r"`([a-z_]+)", README.split("**Metrics**")[1].split("**")[0])
+    logged = set()
+    for row in log_of(tmp_path / "out"):
+        logged |= row.keys()
+    assert len(logged) > 30
+    for name in logged:
+        plain = name.removeprefix("eval/").split("/")[0]
+        plain = plain.removesuffix("_kept").removesuffix("_dropped")
+        assert plain in glossary, name
+
+
+@pytest.mark.parametrize("block", blocks_of("python"))
+def test_every_python_block_compiles(block):
+    compile(block, "README.md", "exec")
+
+
+def test_the_exercises_test_themselves(monkeypatch):
+    monkeypatch.setattr(f, "main", lambda *args: None)
+    tried = 0
+    for block in blocks_of("python"):
+        if "import torch, fire_opd" in block:
+            for name in ("token_weights", "trajectory_scores", "policy_loss"):
+                monkeypatch.setattr(f, name, getattr(f, name))  # put back afterwards
+            exec(block, {})
+            tried += 1
+    assert tried == 3
+
+
+@slow
+def test_the_runnable_commands_run_in_an_empty_folder(tmp_path):
+    """The dry run on the tiny pair: a run, another arm of it, two ranks, a resume, an evaluation.
+    The pair is laid ready, hardly trained, since making it three times would take a minute."""
+    for name in ("fire_opd.py", "tiny_config.json"):
+        shutil.copy(HERE / name, tmp_path)
+    tiny = json.loads((HERE / "tiny_config.json").read_text())["tiny"]
+    for name in ("tiny", "opd", "two"):
+        folder = tmp_path / "runs" / name / "tiny-foreign-0"
+        folder.mkdir(parents=True)
+        f.write_tiny(folder, tiny | tiny["tasks"]["foreign"] | {"pretrain_steps": 1}, 0)
+    commands = re.findall(r"<!-- runnable -->\s*```bash\n(.*?)```", README, re.DOTALL)
+    assert len(commands) == 1
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-e", "-c", commands[0]], cwd=tmp_path, env=CPU | {"PATH": path},
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("of 3 steps, metrics in") == 3
+    assert "5 of 5 steps, metrics in runs/tiny/metrics.jsonl" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith("step 0: evaluation:")
 
 
 # --- A GPU: these skip themselves where there is none; all others run on the CPU -----------------
