@@ -669,7 +669,9 @@ def due(run, every):
     """After the last step, and before that as often as wanted."""
     if every == 0:
         every = run.config.steps
-    return run.step == run.config.steps or run.step % every == 0
+    if run.step == run.config.steps:
+        return True
+    return run.step % every == 0
 
 def stop_asked():
     """Whether a signal asked any rank to stop: so all stop after the same step."""

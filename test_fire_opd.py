@@ -1759,9 +1759,24 @@ def test_a_micro_batch_without_rows_has_a_gradient_of_zeros(pair, tmp_path):
         assert not parameter.grad.any(), name
 
 
+def skip_if_nothing_is_compiled():
+    """Where torch sees no real device, its compiler may leave everything as it is."""
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return graph.forward
+
+    torch.compile(torch.sin, backend=backend)(torch.ones(2))
+    if not seen:
+        pytest.skip("torch.compile compiles nothing in this process")
+
+
+
 @slow
 def test_scoring_is_compiled_and_decoding_is_not(pair, tmp_path, monkeypatch):
     """Compiled for one token at a time, decoding would be compiled again for every length."""
+    skip_if_nothing_is_compiled()
     calls = []
 
     def backend(graph, inputs):
@@ -1800,6 +1815,7 @@ def metrics_of_steps(run):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compile_changes_no_figure(pair, tmp_path):
     torch._dynamo.reset()
+    skip_if_nothing_is_compiled()
     torch._dynamo.utils.counters.clear()
     eager = loaded(pair, tmp_path / "eager")
     expected = metrics_of_steps(eager)
