@@ -376,7 +376,7 @@ class Policy(nn.Module):
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
-    def sample(self, prompts, uniforms, bar=None):
+    def sample(self, prompts, uniforms):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T]; what follows a row's EOS means nothing."""
         b, T = uniforms.shape
@@ -414,13 +414,10 @@ class Policy(nn.Module):
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             ids = draw(attention)
             positions = positions[:, -1:] + 1
-            for start in range(1, T, self.segment):
+            for start in progress(f"{b} rollouts", range(1, T, self.segment)):
                 # A batch must not pay b times for its longest row: those that ended leave it.
                 ended = is_eos(tokens[rows, :start], self.eos_ids).any(1)
                 going = (~ended).nonzero()[:, 0]
-                if bar is not None:
-                    bar.update(len(rows) - len(going))
-                    bar.set_postfix_str(f"{start} tokens")
                 if len(going) == 0:
                     break
                 ids, positions, rows = ids[going], positions[going], rows[going]
@@ -547,12 +544,11 @@ def rollout(run, prompts, key):
     tokens = torch.zeros(B, T, dtype=torch.long)
     log_probs, entropy = torch.zeros(2, B, T)
     share = list(range(RANK, B, WORLD_SIZE))
-    with progress("rollout", total=len(share)) as bar:
-        for start in range(0, len(share), config.rollout_batch_size):
-            rows = share[start:start + config.rollout_batch_size]
-            ids = [prompts[i].ids for i in rows]
-            uniforms = stateless_uniforms(key, rows, T)
-            tokens[rows], log_probs[rows], entropy[rows] = run.student.sample(ids, uniforms, bar)
+    for start in range(0, len(share), config.rollout_batch_size):
+        rows = share[start:start + config.rollout_batch_size]
+        ids = [prompts[i].ids for i in rows]
+        uniforms = stateless_uniforms(key, rows, T)
+        tokens[rows], log_probs[rows], entropy[rows] = run.student.sample(ids, uniforms)
     for table in (tokens, log_probs, entropy):
         sum_over_ranks(table)
     return lay_out(prompts, run.student.eos_ids, tokens, log_probs, entropy)
@@ -617,8 +613,7 @@ def update(run, rollouts, teacher_log_probs, keep, weights):
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
     norm = clip_gradient(run)
-    finite = math.isfinite(loss + norm) and bool(rollouts.log_probs.isfinite().all())
-    if finite and rows:
+    if rows and rollouts.log_probs.isfinite().all() and math.isfinite(loss + norm):
         skipped = 0
         run.optimizer.step()
     else:
@@ -636,13 +631,13 @@ def micro_batches(rows, lengths, budget):
     """
     share = math.ceil(len(rows) / WORLD_SIZE)  # no list is longer, or one rank would get all rows
     batches = []
+    room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
-        if batches:
-            longest = lengths[batches[-1][0]]
-            fits = len(batches[-1]) < share and (len(batches[-1]) + 1) * longest <= budget
-        if not batches or not fits:
+        if room == 0:
             batches.append([])
+            room = min(share, max(1, budget // lengths[i]))
         batches[-1].append(i)
+        room -= 1
     while len(batches) % WORLD_SIZE:
         batches.append([])
     return batches[RANK::WORLD_SIZE]
@@ -729,14 +724,14 @@ class RolloutCache(transformers.DynamicCache):
 
     def make_room(self, attention, going, used, room):
         """Keep these rows alone, their `used` slots and room for more. -> attention"""
-        if not self.roomy:
+        if self.roomy:
+            while (used + room) % 8:  # attention kernels want widths of 8
+                room += 1
+            for layer in self.layers:
+                layer.keys = F.pad(layer.keys[going, :, :used], (0, 0, 0, room))
+                layer.values = F.pad(layer.values[going, :, :used], (0, 0, 0, room))
+        else:
             self.reorder_cache(going)
-            return F.pad(attention[going, :used], (0, room))
-        while (used + room) % 8:  # attention kernels want widths of 8
-            room += 1
-        for layer in self.layers:
-            layer.keys = F.pad(layer.keys[going, :, :used], (0, 0, 0, room))
-            layer.values = F.pad(layer.values[going, :, :used], (0, 0, 0, room))
         return F.pad(attention[going, :used], (0, room))
 
     def mask(self, attention):
@@ -801,12 +796,10 @@ def make_parser():
             options = {"action": "extend", "nargs": "+"}
         elif typing.get_origin(item.type) is Literal:
             options = {"choices": typing.get_args(item.type)}
-        default = getattr(Config(), item.name)
         text = item.metadata["help"]
-        if default not in ("", []):
-            text += f" [{default}]"
-        flag = "--" + item.name.replace("_", "-")
-        parser.add_argument(flag, default=default, help=text, **options)
+        if item.default not in ("", dataclasses.MISSING):
+            text += f" [{item.default}]"
+        parser.add_argument("--" + item.name.replace("_", "-"), help=text, **options)
     return parser
 
 def as_flags(settings):
@@ -832,11 +825,10 @@ def as_flags(settings):
 def parse_config(argv=()):
     """Defaults, then the JSON file, then the command line. Without models: the tiny pair."""
     parser = make_parser()
-    given = parser.parse_args(argv)
-    path = given.config
-    if not path and not given.teacher and not given.student and not given.prompts:
+    config = parser.parse_args(argv, Config())  # argparse fills it in
+    path = config.config
+    if not path and not config.teacher and not config.student and not config.prompts:
         path = str(Path(__file__).with_name("tiny_config.json"))
-    tiny = {}
     if path:
         with explain(f"config {path}", "give a JSON object of settings"):
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -845,10 +837,9 @@ def parse_config(argv=()):
             tiny = settings.pop("tiny", {})
             if not isinstance(tiny, dict):
                 raise ValueError("tiny must be an object")
-            if given.teacher:  # the command line's replace the file's, they are not added
+            if config.teacher:  # the command line's replace the file's, they are not added
                 settings.pop("teacher", None)
-            given = parser.parse_args([*as_flags(settings), *argv])
-    config = Config(**vars(given), tiny=tiny)
+            config = parser.parse_args([*as_flags(settings), *argv], Config(tiny=tiny))
     config.config = path
     folder = Path(path).parent
     if config.resume and not config.output_dir and path and (folder / "metrics.jsonl").exists():
@@ -875,8 +866,6 @@ def check(config):
                         "leave one out")
     if not config.tiny and not (config.teacher and config.student and config.prompts):
         raise UserError("--teacher, --student and --prompts go together; give all three")
-    if config.steps > 999_999:
-        raise UserError("steps must be at most 999999: a checkpoint's name has six digits")
     for path in (config.prompts, config.eval_prompts):
         if path and not os.path.exists(path):
             raise UserError(f"{path}: no such file; paths start at the current folder")
@@ -888,7 +877,7 @@ def check(config):
 # --- Metrics and evaluation ----------------------------------------------------------------------
 
 class Stopwatch:
-    """The seconds of a step's phases."""
+    """The seconds of a step's phases. Each ends with a result on the CPU, so a GPU is done."""
 
     def __init__(self):
         self.seconds = {}
@@ -896,8 +885,6 @@ class Stopwatch:
 
     def lap(self, phase):
         """The phase ends here."""
-        if DEVICE == "cuda":  # kernels are only queued: wait for them
-            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds["seconds_" + phase] = now - self.last
         self.last = now
@@ -1020,20 +1007,18 @@ def evaluate(run):
 # --- The screen and the log ----------------------------------------------------------------------
 
 def print0(text):
-    """A line on the screen, from rank 0. What comes from data cannot move the cursor."""
+    """A line on the screen, from rank 0. A terminal that was closed does not end a run."""
     if RANK == 0:
-        text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-        # A terminal or a pipe that was closed must not end a run; a bar makes way for the line.
-        with contextlib.suppress(OSError), tqdm.external_write_mode():
+        with contextlib.suppress(OSError):
             print(text, flush=True)
 
-def on_terminal(stream):
-    """Whether somebody may be looking."""
-    return RANK == 0 and stream is not None and stream.isatty()
+def on_terminal():
+    """Whether somebody may be watching the bars. Without a console there is no stderr."""
+    return RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
 
-def progress(label, iterable=None, total=None):
+def progress(label, iterable):
     """A bar for those who wait, on a terminal only."""
-    return tqdm(iterable, label, total, leave=False, disable=not on_terminal(sys.stderr))
+    return tqdm(iterable, label, leave=False, disable=not on_terminal())
 
 def log(run, row):
     """A line of metrics.jsonl. JSON has no NaN: such a figure is null."""
@@ -1055,19 +1040,16 @@ def read_log(folder):
 def report_step(run, graded, metrics):
     """A step in the log and on the screen; its rollouts there, too, if it is the first or last."""
     log(run, metrics)
-    config = run.config
-    first_or_last = run.step in (1, config.steps)
-    if first_or_last or on_terminal(sys.stderr) or run.step % max(1, config.steps // 10) == 0:
-        print0(f"step {run.step}/{config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
-               f"length {metrics['response_length']:.0f}, "
-               f"{metrics['tokens_per_second']:.0f} tokens/s")
+    print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
+           f"length {metrics['response_length']:.0f}, "
+           f"{metrics['tokens_per_second']:.0f} tokens/s")
     if metrics["skipped_updates"]:
         print0(f"warning: step {run.step}: no update: nothing was kept, or something is not finite")
-    if RANK == 0 and (first_or_last or due(run, config.eval_every) or STOP.is_set()):
+    if RANK == 0:
         kept = graded.keep.nonzero()[:2, 0].tolist()
         dropped = (~graded.keep).nonzero()[:2, 0].tolist()
         save_examples(run, graded, kept + dropped)
-        if first_or_last:
+        if run.step in (1, run.config.steps):
             for i in kept[:1] + dropped[:1]:
                 print0(rollout_text(run, graded, i))
 
@@ -1091,9 +1073,7 @@ def rollout_text(run, graded, i):
     rollouts = graded.rollouts
     prompt = run.tokenizer.decode(rollouts.prompts[i].ids)
     response = run.tokenizer.decode(rollouts.ids[i][rollouts.mask[i]])
-    if len(response) > 400:
-        response = response[:200] + " [...] " + response[-200:]
-    return (f"{verdict(graded, i)}: {prompt[-80:]!r} -> {response!r}\n"
+    return (f"{verdict(graded, i)}: {prompt[-80:]!r} -> {response[-400:]!r}\n"
             f"    {least_likely(run, graded, i)}")
 
 def summarize(run):
@@ -1124,12 +1104,8 @@ def summarize(run):
 
 def eval_names(rows, metric):
     """The names in the log of a held-out metric: of all prompts, and of the first few domains."""
-    names = {}
-    for row in rows:
-        for name in row:
-            if name == f"eval/{metric}" or name.startswith(f"eval/{metric}/"):
-                names[name] = True
-    return list(names)[:7]
+    names = [name for name in rows[0] if name.startswith("eval/" + metric)]
+    return names[:7]  # a run begins with an evaluation
 
 # --- report.html: curves, scores and rollouts, in one page without a script ----------------------
 
@@ -1157,19 +1133,20 @@ def scaled(value, low, high, start, end):
     """A place on an axis from `start` to `end` pixels, which shows `low` to `high`."""
     return round(start + (end - start) * (value - low) / (high - low + 1e-9), 1)
 
-def chart(title, rows, names, from_zero=True):
+def chart(rows, names):
     """Some metrics over the steps, with axes and the last values. -> HTML"""
     curves = {}
+    heights = [0]
     for name in names:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             curves[name] = points[::len(points) // 300 + 1] + points[-1:]
-    heights = [y for points in curves.values() for x, y in points]
-    if from_zero:
-        heights.append(0)
-    low, high = min(heights, default=0), max(heights, default=0)
+            heights += [y for x, y in points]
+    if not curves:
+        return ""
+    low, high = min(heights), max(heights)
     last = rows[-1]["step"]
-    legend, lines = title, ""
+    legend, lines = "", ""
     for color, (name, points) in zip(COLORS, curves.items()):
         places = ""
         for x, y in points:
@@ -1192,14 +1169,15 @@ def score_strip(graded):
     high = max([scores[i] for i in rows], default=0)
     bottom = 22 * len(domains)
     marks = ""
-    for row, domain in enumerate(domains):
-        marks += f'<text x="0" y="{22 * row + 16}">{html.escape(domain[:8])}</text>'
-    for i in rows[::len(rows) // 500 + 1]:
-        if prompts[i].domain in domains:
-            x = scaled(scores[i], low, high, 60, 690)
-            y = 22 * domains.index(prompts[i].domain) + 10 + i % 5
-            color = COLORS[1] if graded.keep[i] else COLORS[2]
-            marks += f'<circle cx="{x}" cy="{y}" r="4" fill="{color}" fill-opacity="0.5"/>'
+    for line, domain in enumerate(domains):
+        y = 22 * line + 10
+        marks += f'<text x="0" y="{y + 6}">{html.escape(domain[:8])}</text>'
+        for i in rows[::len(rows) // 500 + 1]:
+            if prompts[i].domain == domain:
+                x = scaled(scores[i], low, high, 60, 690)
+                color = COLORS[1] if graded.keep[i] else COLORS[2]
+                marks += (f'<circle cx="{x}" cy="{y + i % 5}" r="4" fill="{color}" '
+                          'fill-opacity="0.5"/>')
     lowest = min(graded.scores[graded.keep].tolist(), default=high)
     x = scaled(lowest, low, high, 60, 690)
     return (f'<p>Scores from {low:.2f} to {high:.2f}, <b style="color:{COLORS[1]}">kept</b> and '
@@ -1252,13 +1230,12 @@ def write_report(run):
     if RANK > 0 or run.config.steps == 0:
         return
     rows = read_log(folder)
-    divergences = ["reverse_kl", "reverse_kl_kept", "reverse_kl_dropped"]
-    body = (chart("Held out", rows, eval_names(rows, "exact_match"))
-            + chart("Held out", rows, eval_names(rows, "reverse_kl"))
-            + chart("Training", rows, divergences)
-            + chart("Training", rows, ["keep_ratio"])
-            + chart("Training", rows, ["filter_threshold"], from_zero=False)
-            + chart("Training", rows, ["response_length"]) + LEGEND)
+    body = ""
+    for names in (eval_names(rows, "exact_match"), eval_names(rows, "reverse_kl"),
+                  ["reverse_kl", "reverse_kl_kept", "reverse_kl_dropped"],
+                  ["keep_ratio"], ["filter_threshold"], ["response_length"]):
+        body += chart(rows, names)
+    body += LEGEND
     for path in sorted(folder.glob("*_step.html")):  # the first, then the last
         body += path.read_text(encoding="utf-8")
     changed = {}
@@ -1371,8 +1348,7 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
         lines = Path(path).read_bytes().split(b"\n")  # only there: text may hold U+2028
     for number, line in enumerate(progress(path, lines), 1):
         with explain(f"{path} line {number}", "each line must be a JSON object with a prompt"):
-            line = line.decode("utf-8-sig").strip()
-            if not line:
+            if not line.strip():
                 continue
             row = json.loads(line, object_pairs_hook=without_nulls)
             if not isinstance(row, dict):
@@ -1618,8 +1594,6 @@ def load(settings):
 
 def prepare_training(student, config):
     """-> the student as the update sees it, and its optimizer"""
-    if student.model.num_parameters() < 1e6:
-        torch.set_num_threads(1)  # two are slower for so small a model
     trained = student
     if WORLD_SIZE > 1 and not is_sharded(config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -1731,13 +1705,10 @@ def to_save(settings):
 def check_same_settings(folder, settings):
     """A resumed run goes on with its own settings."""
     before = json.loads((folder / "config.json").read_text())
-    changed = []
     for name, value in to_save(settings).items():
         if name not in MAY_CHANGE and before.get(name, value) != value:
-            changed.append(f"{name} was {before[name]!r}, is {value!r}")
-    if changed:
-        raise ValueError(f"other settings: {'; '.join(changed)}; only {', '.join(MAY_CHANGE)} may "
-                         "change")
+            raise ValueError(f"{name} was {before[name]!r}, is {value!r}; only "
+                             f"{', '.join(MAY_CHANGE)} may change")
 
 @contextlib.contextmanager
 def complete_folder(folder):
@@ -1752,11 +1723,7 @@ def complete_folder(folder):
                 path.chmod(mode)
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        try:
-            temporary.rename(folder)
-        except OSError as error:
-            raise ValueError(f"this file system cannot rename a folder, as buckets cannot: "
-                             f"{error}") from error
+        temporary.rename(folder)  # which a bucket that is mounted as a folder may refuse
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
         raise
@@ -1776,14 +1743,6 @@ def files_to_export(source, policy):
         generation = json.loads(files.get("generation_config.json", "{}"))
     generation["eos_token_id"] = sorted(policy.eos_ids)  # so that others stop where rollouts did
     files["generation_config.json"] = json.dumps(generation, indent=2).encode()
-    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
-    tied = getattr(source.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head.weight is not embedding.weight:  # it is not true of these weights
-        config = json.loads(files["config.json"])
-        config["tie_word_embeddings"] = False
-        if "text_config" in config:
-            config["text_config"]["tie_word_embeddings"] = False
-        files["config.json"] = json.dumps(config, indent=2).encode()
     return files
 
 def save_checkpoint(run):
@@ -1856,19 +1815,21 @@ def even_mixture(domains):
     """{domain: share}, all shares alike."""
     return {domain: 1 / len(domains) for domain in domains}
 
-def pretrain(name, shape, domains, target_loss, tiny, seed):
-    """Train a model on its domains until the smoothed loss is low."""
+def pretrain(name, tiny, seed):
+    """Train a model of the pair on its domains until the smoothed loss is low."""
+    kind = "student" if name == "student" else "teacher"
+    target_loss = tiny[kind + "_loss"]
     torch.manual_seed(seed)
     rng = default_rng((seed, PRETRAIN, *name.encode()))
     tokenizer = tiny_tokenizer()
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
         vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **shape))
+        pad_token_id=tokenizer.pad_token_id, **tiny[kind]))
     optimizer = torch.optim.AdamW(
         model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
     smooth = None
     for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
-        rows = tiny_rows(rng, 128, tiny["digits"], even_mixture(domains))
+        rows = tiny_rows(rng, 128, tiny["digits"], even_mixture(tiny["models"][name]))
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1903,9 +1864,8 @@ def make_tiny(settings):
 
 def write_tiny(folder, tiny, seed):
     """Its models, each trained on its domains, and its prompts."""
-    for name, domains in tiny["models"].items():
-        kind = "student" if name == "student" else "teacher"
-        model = pretrain(name, tiny[kind], domains, tiny[kind + "_loss"], tiny, seed)
+    for name in tiny["models"]:
+        model = pretrain(name, tiny, seed)
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     rng = default_rng((seed, ORDER))
@@ -1941,31 +1901,15 @@ def guest():
                     handlers[number] = signal.signal(number, ask_to_stop)
     threads = torch.get_num_threads()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    errors = getattr(sys.stdout, "errors", None)
+    # cuDNN's attention plans 23 to 37 ms for every new length: for every token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            transformers.logging.set_verbosity_error()
-            if not on_terminal(sys.stderr):
-                transformers.logging.disable_progress_bar()
-            if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
-                sys.stdout.reconfigure(errors="backslashreplace")
-            # cuDNN's attention plans 23 to 37 ms for every new length: for every token.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-            yield
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         torch.set_num_threads(threads)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.logging.enable_progress_bar()
-        if hasattr(sys.stdout, "reconfigure"):
-            with contextlib.suppress(OSError):  # it may be a pipe that was closed
-                sys.stdout.reconfigure(errors=errors)
 
 def start_ranks(config):
     """Device and ranks, and a name for the output folder where none was given."""
@@ -1986,7 +1930,7 @@ def main(argv=()):
 
     Raises SystemExit: 130 if it was told to stop, 2 after a user's mistake, which is one line.
     """
-    message = None
+    message = ""
     try:
         with guest():
             config = parse_config(argv)
@@ -1997,7 +1941,7 @@ def main(argv=()):
     except torch.OutOfMemoryError:
         message = ("out of GPU memory; lower --micro-batch-tokens or --rollout-batch-size, "
                    "or add --gradient-checkpointing or --shard")
-    if message is not None:
+    if message:
         message = " ".join(message.split())[:900]
         sys.stderr.write(f"error: {message}\n")  # in one piece, as other ranks may write too
         raise SystemExit(2)
@@ -2012,6 +1956,11 @@ def run_as_script():
     # guest() takes SIGTERM over during the run and then puts this back: launchers send it more
     # than once, and the second must not change the status of a run that has stopped.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    if not on_terminal():
+        transformers.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="backslashreplace")  # responses may hold any character
     status = 0
     try:
         main(sys.argv[1:])
@@ -2022,10 +1971,6 @@ def run_as_script():
     except BaseException:
         traceback.print_exc()
         status = 1
-    try:
-        sys.stdout.flush()
-    except OSError:  # the reader of a pipe has gone: Python would complain when it flushes again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if WORLD_SIZE > 1:
         os._exit(status)
     sys.exit(status)
