@@ -1,21 +1,23 @@
 """FiRe-OPD, "Filter, then Reweight" (arXiv 2606.02684): on-policy distillation in one file.
 
-The student writes, the teacher grades every token that the student wrote, the student moves
-towards the teacher. FiRe-OPD adds two selections: it drops the trajectories that the teacher
-finds least likely (Filter), and it weighs the tokens of the others by how sure the teacher and
-how unsure the student is (Reweight). One step (pi_S: student, pi_T: teacher, H: entropy):
+The student writes responses, the teacher grades each of their tokens, and the student is moved
+towards the teacher. FiRe-OPD adds two steps. Filter drops the trajectories that the teacher finds
+least likely. Reweight gives those tokens of the others more weight where the teacher is sure and
+the student is not. One step, with the function that does it (pi_S: student, pi_T: teacher,
+H: entropy of the next token):
 
-  1. rollout   y ~ pi_S(.|x), exactly softmax(logits / temperature), and its H_S,t  rollout
-  2. score     log pi_T(y_t) and H_T,t, the logits in chunks of tokens              score
-  3. filter    s = mean_t log pi_T(y_t); keep s >= the step's 20 % quantile    filter_trajectories
-  4. reweight  w_t = (1 + alpha (1 - H_T,t/max H_T)) (1 + beta H_S,t/max H_S)       token_weights
-  5. loss      policy gradient of w_t A_t, A_t = log pi_T(y_t) - log pi_S(y_t)      policy_loss
-  6. update    one AdamW step from the kept tokens of all micro-batches and ranks   update
+  1. rollout: responses y ~ pi_S(.|x) = softmax(logits / temperature), and H_S,t of each token
+  2. score: log pi_T(y_t) and H_T,t of each token
+  3. filter_trajectories: s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the step
+  4. token_weights: w_t = (1 + alpha (1 - H_T,t / max H_T)) (1 + beta H_S,t / max H_S), divided by
+     its mean; maximum and mean are those of the trajectory
+  5. policy_loss: the policy gradient of w_t A_t, with A_t = log pi_T(y_t) - log pi_S(y_t)
+  6. update: steps 5 and one of AdamW, from the kept tokens of all micro-batches and ranks
 
 `train_step` puts these together and `train` is the loop around it. There the method ends, and a
 line says so. What follows serves it: fast decoding, flags, metrics, prompts, models, files.
 
-    python fire_opd.py                               # a tiny pair, no download, under a minute
+    python fire_opd.py           # the tiny pair of tiny_config.json, no download, about a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                 # real models
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
 
@@ -41,12 +43,11 @@ import sys
 import threading
 import time
 import traceback
-import typing
 import unicodedata
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import huggingface_hub
 import numpy as np
@@ -67,21 +68,24 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# --- Settings: each is a flag, `batch_size` is --batch-size, and a key of the --config file ------
+# --- Settings: batch_size is the flag --batch-size, and a key of the --config file --------------
 
 def setting(default, help):
-    """A field of Config: its default, and what --help says of it."""
+    """A field of Config, with its default and its text for --help, where %% is a percent sign."""
     return field(default=default, metadata={"help": help})
 
 @dataclass
 class Config:
     """The settings of a run. The defaults are the method's; sizes are for one GPU."""
     filter_percentile: float = setting(20.0, "the filter drops this share of rollouts, in %%")
-    filter_by: Literal["likelihood", "random"] = setting("likelihood", "random: drop as many")
+    filter_by: Literal["likelihood", "random"] = setting(
+        "likelihood", "random: a control that drops as many rollouts, chosen at random")
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
     beta: float = setting(1.0, "strength of student confusion in the weights")
-    token_weights: Literal["soft", "hard"] = setting("soft", "hard: the heavier half alone")
-    loss_agg: Literal["token-mean", "seq-mean"] = setting("token-mean", "mean of the loss")
+    token_weights: Literal["soft", "hard"] = setting(
+        "soft", "hard: a control that trains on the heavier half of the tokens alone")
+    loss_agg: Literal["token-mean", "seq-mean"] = setting(
+        "token-mean", "the mean over all tokens, or over rollouts of their own means")
     temperature: float = setting(1.0, "of student and teacher, in sampling and scoring")
     batch_size: int = setting(64, "rollouts a step, over all ranks")
     rollouts_per_prompt: int = setting(1, "rollouts of each prompt in a step")
@@ -90,7 +94,7 @@ class Config:
     weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     steps: int = setting(100, "steps of training; 0 only evaluates")
-    seed: int = setting(0, "of the order of prompts, sampling and the tiny pair")
+    seed: int = setting(0, "of the order of the prompts, of sampling and of the tiny pair")
     teacher: list = field(default_factory=list, metadata={
         "help": "checkpoint folder or hub name; of several teachers each as NAME=PATH"})
     student: str = setting("", "checkpoint folder or hub name")
@@ -109,28 +113,30 @@ class Config:
     resume: bool = setting(False, "continue the run in --output-dir; if there is none, start it")
     eval_every: int = setting(0, "steps between evaluations; 0: before and after the run")
     save_every: int = setting(0, "steps between checkpoints; 0: at the end")
-    keep: int = setting(2, "checkpoints to keep")
+    keep: int = setting(2, "how many of the newest checkpoints stay on the disk")
     config: str = setting("", "JSON file of settings; the command line wins over it")
-    task: str = setting("foreign", "which tiny task of tiny_config.json")
+    task: str = setting("foreign", "which of the tasks in tiny_config.json, for the tiny pair")
     tiny: dict = field(default_factory=dict)  # JSON only: how the tiny pair is made
 
-# --- The method: pure tensor functions, no models, no globals ------------------------------------
+# --- The arithmetic of the method: functions of tensors, no models, no globals ------------------
 
 def upcast(x):
-    """bfloat16 and float16 become float32, float32 and float64 stay: no softmax in less."""
+    """At least float32, as bfloat16 and float16 are too coarse for a softmax. float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def is_eos(tokens, eos_ids):
-    """Which tokens end a response; several ids may. tokens [...] -> bool [...]"""
+    """Which tokens end a response; eos_ids is a set of ids. tokens [...] -> bool [...]"""
     return torch.isin(tokens, tokens.new_tensor(sorted(eos_ids)))
 
-def response_mask(tokens, eos_ids):
+def mask_responses(tokens, eos_ids):
     """True up to and including the first end of sequence. tokens [B, T] -> bool [B, T]
 
-    By position: where pad == eos, a comparison with pad would lose the EOS that teaches to stop.
+    Found by position: where EOS and padding have the same id, `tokens != pad` would mask the EOS
+    too, and the student would never learn to stop.
     """
     ends = is_eos(tokens, eos_ids).long()
-    return ends.cumsum(1) - ends == 0  # no EOS strictly before this token
+    ends_before = ends.cumsum(1) - ends  # how many EOS stand before each token
+    return ends_before == 0
 
 def trajectory_scores(teacher_log_probs, response_mask):
     """s = mean_t log pi_T(y_t): how likely the teacher finds each trajectory, in nats per token.
@@ -141,38 +147,36 @@ def trajectory_scores(teacher_log_probs, response_mask):
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
     total = upcast(teacher_log_probs).masked_fill(~mask, 0).sum(1)  # [B]
-    return torch.where(lengths > 0, total / lengths.clamp(min=1), -torch.inf)
+    scores = total / lengths  # 0 / 0 is NaN
+    return scores.masked_fill(lengths == 0, -torch.inf)
 
 def filter_trajectories(scores, percentile):
-    """Filter: keep the trajectories with s >= the `percentile` quantile of all finite scores.
+    """Filter: keep the trajectories whose score is at least the `percentile` quantile.
 
-    scores [B] of the WHOLE step -> keep [B] bool: a micro-batch of one row has that row as its
-    quantile and drops nothing. Linear interpolation; ties with the quantile stay, 0 keeps every
-    finite score, NaN and infinite scores are never kept. ValueError if percentile is not in
-    [0, 100].
+    scores [B] of the WHOLE step -> keep [B] bool. Not of a micro-batch: a single row would be its
+    own quantile and always stay. The quantile is that of all finite scores, interpolated linearly.
+    Scores equal to it are kept; NaN and infinite scores never are. percentile=0 keeps all finite
+    scores. ValueError if it is not in [0, 100].
     """
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], got {percentile}")
+    scores = scores.double()
     finite = scores.isfinite()
     if not finite.any():
-        return finite
-    # By hand, as torch.quantile interpolates in the scores' own precision and may miss a tie.
-    ordered = scores[finite].double().sort().values  # [n]
-    position = percentile * (len(ordered) - 1) / 100
-    position = round(position, 9)  # 161.00000000000003 for 16.1 % of 1000 would drop row 161
-    low = ordered[math.floor(position)]
-    high = ordered[math.ceil(position)]
-    threshold = low + position % 1 * (high - low)
-    return finite & (scores.double() >= threshold)
+        return finite  # nothing to keep
+    threshold = scores[finite].quantile(percentile / 100)
+    threshold = threshold - 1e-9  # rounding must not lose a score that is the quantile
+    return finite & (scores >= threshold)
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0,
                   scope="trajectory"):
-    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the valid tokens.
+    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the mask.
 
     Teacher confidence c_t = 1 - H_T,t / max H_T: a teacher that hesitates teaches little.
     Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has most to learn.
     Entropies (nats) and mask [B, T] -> weights [B, T], zero off the mask, without gradient.
-    Maximum and mean are each "trajectory"'s or the whole "batch"'s: `scope`, else ValueError.
+    scope="trajectory": maximum and mean of each row, as in training. scope="batch": of all rows
+    together, as in the released code. ValueError for any other.
     """
     if scope not in ("trajectory", "batch"):
         raise ValueError(f"scope must be 'trajectory' or 'batch', got {scope!r}")
@@ -183,47 +187,47 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
         """H / max H, in [0, 1]; 0 where all entropies are 0."""
         entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
         largest = entropy.amax(dims, keepdim=True)
-        largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)
+        largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)  # 0 / 0 would be NaN
         return (entropy / largest).clamp(0, 1)
 
     confidence = 1 - relative(teacher_entropy)  # [B, T]
     confusion = relative(student_entropy)  # [B, T]
     weights = (1 + alpha * confidence) * (1 + beta * confusion)
     weights = weights.masked_fill(~mask, 0)
-    # Mean 1 keeps the step size of plain distillation: weights only move it from token to token.
-    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)
+    # With mean 1 the update is as large as in plain distillation.
+    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)  # a row without tokens: 0 / 0
     return weights * mask.sum(dims, keepdim=True) / total
 
 def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens,
                 clip_ratio=0.2):
     """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar
 
-    A_t = log pi_T(y_t) - log pi_S_old(y_t), detached: the k1 estimate of minus the reverse KL,
-    KL(pi_S || pi_T). r_t = pi_S / pi_S_old is 1 in value, but not in gradient, if old_log_probs
-    are this very pass's, as in `update`: then this is plain REINFORCE, and the clip never acts.
-    All tensors [B, T]. num_tokens counts the kept tokens of the step, over all micro-batches and
-    ranks, as their gradients ADD: divided by its own count, a short micro-batch would weigh more.
+    A_t = log pi_T(y_t) - log pi_S_old(y_t), without gradient. Its mean over samples estimates
+    -KL(pi_S || pi_T), and this is called the k1 estimate. r_t = pi_S / pi_S_old. `update` gives
+    log_probs.detach() as old_log_probs, so r_t is 1 in value and has the gradient of log pi_S:
+    plain REINFORCE. The clip acts only where one rollout serves several updates.
+    All tensors [B, T]. num_tokens: the kept tokens of the whole step, or for the mean over
+    rollouts their number. Gradients of micro-batches ADD: divided by its own count, a short
+    micro-batch would weigh more.
     """
-    mask = mask.bool()
-
-    def valid(x):
-        """0 off the mask, before exp(): an infinity there would make the gradient NaN."""
-        return upcast(x).masked_fill(~mask, 0)
-
-    advantages = valid((teacher_log_probs - old_log_probs).detach())  # [B, T]
-    weighted = valid(weights.detach()) * advantages
-    ratio = (valid(log_probs) - valid(old_log_probs.detach())).exp()
+    outside = ~mask.bool()
+    advantages = teacher_log_probs - old_log_probs  # [B, T]
+    weighted = (weights * advantages).detach().masked_fill(outside, 0)
+    log_ratio = log_probs - old_log_probs.detach()
+    ratio = log_ratio.masked_fill(outside, 0).exp()  # else infinities there make the gradient NaN
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     objective = torch.minimum(ratio * weighted, clipped * weighted)
     return -objective.sum() / num_tokens
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
-    """log pi(target) and H of one chunk: [n, D], [V, D], [V], [n] -> [n], [n]
+    """log pi(target) and H of one chunk of n tokens; zeros for H if it is not wanted.
 
-    Under autocast only the product is rounded, its logits to 8 bits: 0.01 to 0.02 nats of
-    unbiased noise a token. Softmax and entropy are in float32.
+    hidden [n, D], lm_head_weight [V, D], bias [V], targets [n] -> [n], [n]. Under autocast the
+    logits are rounded to bfloat16: unbiased noise of 0.01 to 0.02 nats a token. Softmax and
+    entropy are in float32.
     """
-    logits = upcast(torch.addmm(bias, hidden, lm_head_weight.T))  # [n, V]
+    logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
+    logits = upcast(logits)
     log_p = logits.log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
     if not with_entropy:
@@ -237,82 +241,92 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), by chunks.
 
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N] (differentiable)
-    and entropy [N] (not; 0 if not wanted), in nats. At 152 k entries the logits of 8,192 tokens
-    take 5 GB, several times over with their gradient. So only one chunk has logits at a time, and
-    the backward pass computes them again. `chunk` tokens; by default max(128, D), as each chunk
-    adds a [V, D] to the gradient of W: fewer tokens would spend more on that than on their logits.
+    and entropy [N] (not; zeros if not wanted), in nats. With 152 k entries the logits of 8,192
+    tokens take 5 GB, and their gradient several times that. So only one chunk has logits at a
+    time, and the backward pass computes them again. Each chunk also adds a whole [V, D] to the
+    gradient of W. A chunk of far fewer than D tokens would spend its time on that: the default is
+    max(128, D). chunk_function: chunk_log_probs, or the same compiled.
     """
     if chunk is None:
         chunk = max(128, hidden.shape[1])
     if bias is None:
         bias = hidden.new_zeros(len(lm_head_weight))
     log_probs, entropy = [], []
+    hidden = hidden / temperature  # (hidden W^T + bias) / temperature without another [n, V]
+    bias = bias / temperature
     for h, y in zip(hidden.split(chunk), targets.split(chunk)):
-        chunk_result = checkpoint(
-            chunk_function, h / temperature, lm_head_weight, bias / temperature, y, with_entropy,
-            use_reentrant=False, preserve_rng_state=False)
-        log_probs.append(chunk_result[0])
-        entropy.append(chunk_result[1])
+        p, e = checkpoint(
+            chunk_function, h, lm_head_weight, bias, y, with_entropy,
+            use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        log_probs.append(p)
+        entropy.append(e)
     return torch.cat(log_probs), torch.cat(entropy)
 
 def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
-    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. Given u, sampling
-    is a function: there is no generator state to save or to share. In float64, and u scaled by the
-    end of the sum: in float32 a sum over 152 k entries ends short of 1.
+    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. As u comes from
+    outside, there is no generator whose state must be saved or shared. The sum is in float64,
+    since in float32 it ends short of 1 over 152 k entries, and u is scaled by its end.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
     points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
-    tokens = torch.searchsorted(cdf, points[:, None], right=True)  # right: skips probability 0
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; beyond only if the logits are NaN
+    tokens = torch.searchsorted(cdf, points[:, None], right=True)  # never one of probability 0
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; it is beyond only if logits are NaN
     log_probs = probs.gather(1, tokens)[:, 0].log()
     entropy = -(probs * probs.log()).nansum(1)
     return tokens[:, 0], log_probs, entropy
 
-# Two controls, which the method has to beat.
+# What random numbers are for, as part of their key. Other numbers would make other runs.
+SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
+
+def stateless_uniforms(key, rows, width):
+    """Uniforms in [0, 1), float64 [b, width]. Those of row i depend on key and i alone.
+
+    Not on the rank, the batch or what was drawn before. So a run on 1, 2 or 4 ranks is the same up
+    to the rounding of floats, and resuming has no generator to restore. key is (seed, purpose,
+    step), or (seed, purpose) if all steps are to share them.
+    """
+    drawn = [default_rng((*key, i)).random(width) for i in rows]
+    return torch.tensor(np.array(drawn))
+
+# Two controls that the method has to beat: a random filter, and weights that are hard.
 
 def random_scores(scores, noise):
-    """A control for the filter: as many rows go, but at random. scores, noise [B] -> [B]"""
+    """Scores by which as many rows are dropped, but at random. scores, noise [B] -> [B]"""
     return noise.masked_fill(~scores.isfinite(), math.nan)
 
 def hard_weights(weights, response_mask):
-    """A control for soft weights: the heavier half of each row's tokens, all alike, mean 1.
+    """The heavier half of each row's tokens, all alike and with mean 1, the others 0.
 
     weights, response_mask [B, T] -> [B, T], zero off the mask.
     """
-    length = response_mask.sum(1, keepdim=True)  # [B, 1]
-    half = (length + 1) // 2
-    heaviest_first = weights.argsort(dim=1, descending=True, stable=True)
-    rank = heaviest_first.argsort(1)  # [B, T], 0 is the heaviest; off the mask all come last
-    scale = length.to(weights.dtype) / half.clamp(min=1)
-    return (rank < half) * scale
+    hard = torch.zeros_like(weights)
+    for row, length in enumerate(response_mask.sum(1).tolist()):
+        half = (length + 1) // 2
+        if half > 0:
+            heaviest = weights[row].argsort(descending=True, stable=True)[:half]
+            hard[row, heaviest] = length / half
+    return hard
 
-# --- Ranks: torchrun starts one process a GPU, each takes its share of the rows ------------------
+# --- Ranks: torchrun starts one process (a rank) for each GPU; each takes its share of the rows --
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # CUDA_VISIBLE_DEVICES= hides the GPUs
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STOP = threading.Event()  # set by Ctrl-C and other signals: stop after this step
 
-@functools.cache
-def host_group():
-    """The ranks, by Gloo, for what lies on the CPU. They may have to wait half a day for each
-    other's longest rollouts; the group of the models keeps its own, shorter time. All ranks make
-    it together, at their first broadcast."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
-
 def sum_over_ranks(table):
-    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a table of zeros:
-    the sum is the whole table, to the bit, and all ranks compute the same filter from it."""
+    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a table of zeros,
+    so the sum is the whole table, exactly the same on all ranks, which then filter alike."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(table, group=host_group())
+        dist.all_reduce(table)
     return table
 
 def any_rank(flag):
-    """Whether it is true on any rank: so that all ranks take the same branch."""
+    """Whether the flag is true on any rank. All get the same answer, and take the same branch."""
     return sum_over_ranks(torch.tensor(float(flag))).item() > 0
 
 def barrier():
@@ -323,14 +337,15 @@ def broadcast(value):
     """What rank 0 has, on all ranks."""
     box = [value]
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(box, src=0, group=host_group())
+        dist.broadcast_object_list(box)
     return box[0]
 
 # --- Policies: a causal language model, teacher or student, as the method sees it ----------------
 
 class Policy(nn.Module):
-    """`forward` scores given responses, `sample` writes new ones, both at the same temperature."""
-    segment = 64  # tokens between two looks at which rows have ended
+    """`forward` scores given responses, `sample` writes new ones, both at the same temperature.
+    eos_ids and vocabulary are sets of ids; only those of the vocabulary are ever sampled."""
+    segment = 64  # every so many tokens, the rows that have ended leave the batch
 
     def __init__(self, model, eos_ids, vocabulary, config):
         super().__init__()
@@ -338,14 +353,14 @@ class Policy(nn.Module):
         self.eos_ids = eos_ids
         self.temperature = config.temperature
         self.autocast_to_bf16 = compute_dtype(config) == torch.bfloat16
-        # Under FSDP the gathers of weights would be captured too, which was not tried.
-        self.capture = DEVICE == "cuda" and not is_sharded(config)
-        # The head may have more rows than there are tokens, and gaps between. They get a bias of
-        # minus infinity; they are not cut off, because a GPU is slow with an odd number of rows.
-        head = model.get_output_embeddings().weight
-        no_tokens = torch.full((len(head),), -torch.inf, device=head.device)
-        no_tokens[sorted(vocabulary)] = 0
-        self.register_buffer("no_tokens", no_tokens, persistent=False)  # [V]
+        # Decoding by a CUDA graph. Under FSDP it would hold its gathers, which was not tried.
+        self.use_cuda_graph = DEVICE == "cuda" and not is_sharded(config)
+        # The head may have more rows than there are tokens, and unused ids. A bias of minus
+        # infinity excludes them. Cut off, they would leave an odd size, with which GPUs are slow.
+        head = model.get_output_embeddings().weight  # [V, D]
+        vocabulary_bias = torch.full(head.shape[:1], -torch.inf, device=head.device)
+        vocabulary_bias[sorted(vocabulary)] = 0
+        self.register_buffer("vocabulary_bias", vocabulary_bias, persistent=False)  # [V]
         self.chunk_function = chunk_log_probs
         if config.compile:
             self.chunk_function = torch.compile(chunk_log_probs, dynamic=True)
@@ -353,25 +368,29 @@ class Policy(nn.Module):
                 block.compile(dynamic=True)
 
     def autocast(self):
-        """Products in bfloat16, all else as it is. The weights are cast once, for all that is
-        computed inside, such as all tokens of a rollout."""
-        return torch.autocast(DEVICE, torch.bfloat16, self.autocast_to_bf16)
+        """Matrix products in bfloat16, if that is wanted. The weights are cast once, for all that
+        is computed inside, such as all tokens of a rollout."""
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast_to_bf16)
 
     def forward(self, ids, mask):
-        """log pi(y_t) and, without gradients, H_t. ids, response mask, returns: all [b, L]"""
+        """log pi(y_t) and H_t, 0 off the mask. ids, response mask, returns: all [b, L]
+
+        H_t is computed only under no_grad, and else all 0: the update does not need it.
+        """
+        wants_entropy = not torch.is_grad_enabled()
         with self.autocast():
-            # Padding is on the right, where real tokens of a causal model cannot see it: no mask.
+            # Padding is on the right, where a causal model never looks: no attention mask.
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             hidden = hidden[:, :-1][mask[:, 1:]]  # [n, D]: position t - 1 predicts token t
             head = self.model.get_output_embeddings()
-            weight, bias = head.weight, self.no_tokens
+            weight, bias = head.weight, self.vocabulary_bias
             if getattr(head, "bias", None) is not None:
                 bias = bias + head.bias
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP's may be bf16, in which the chunks' gradients add
+                weight = upcast(weight)  # FSDP's may be bf16: the chunks' gradients add in float32
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
                 hidden, weight, ids[mask], self.temperature, bias=bias,
-                with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
+                with_entropy=wants_entropy, chunk_function=self.chunk_function)
         zeros = log_probs.new_zeros(ids.shape)  # the n tokens go back to where the mask took them
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
@@ -381,110 +400,84 @@ class Policy(nn.Module):
         -> tokens, log_probs, entropy, all [b, T]; what follows a row's EOS means nothing."""
         b, T = uniforms.shape
         uniforms = uniforms.to(DEVICE)
-        tokens = torch.zeros(b, T, dtype=torch.long, device=DEVICE)
-        log_probs, entropy = torch.zeros(2, b, T, device=DEVICE)
-        rows = torch.arange(b, device=DEVICE)  # [n], those that are still being written
-        ids, attention = left_padded(prompts)  # [n, width]; later ids is the last token, [n, 1]
+        tokens = torch.zeros_like(uniforms, dtype=torch.long)
+        log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
+        entropy = torch.zeros_like(log_probs)
+        ids, attention = left_padded(prompts)  # [b, width]; later ids is the last token, [n, 1]
         width = ids.shape[1]
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # from a row's first real token
-        t = torch.zeros(1, dtype=torch.long, device=DEVICE)  # which token is being written
-        cache = RolloutCache(self.model, position=t + width - 1)
-        # In what follows ids, attention, positions and rows are made anew when rows leave the
-        # batch; between that, every step writes into the same tensors.
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # as ids; padding is not counted
+        rows = torch.arange(b, device=DEVICE)  # [n], those that are still being written
+        cache = RolloutCache(self.model, position=torch.tensor([width - 1], device=DEVICE))
+        # `step` changes these tensors in place, as a CUDA graph must. Every `segment` tokens they
+        # are made anew, without the rows that have ended.
 
         def draw(visible):
-            """Token t of each row, drawn after ids. -> [n, 1]"""
+            """Feed in ids and draw token t of each row. visible: the attention mask. -> [n, 1]"""
+            t = cache.position - (width - 1)  # [1], which token is being drawn
             logits = self.model(
                 input_ids=ids, attention_mask=visible, position_ids=positions,
                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             drawn = sample_tokens(
-                logits + self.no_tokens, uniforms[rows, t], self.temperature)  # [n] each
-            tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn
+                logits + self.vocabulary_bias, uniforms[rows, t], self.temperature)  # [n] each
+            tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn  # t [1] is for all rows
             return drawn[0][:, None]
 
         def step():
-            """The next token of each row, in place, so that a CUDA graph can play it again."""
-            t.add_(1)
+            """The next token of each row."""
             cache.position.add_(1)
             attention.index_fill_(1, cache.position, True)
             ids.copy_(draw(cache.mask(attention)))
             positions.add_(1)
 
-        # Decoding stays eager: blocks that are compiled were compiled for whole sequences.
+        # --compile has compiled the blocks for whole sequences; in decoding they stay eager.
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             ids = draw(attention)
             positions = positions[:, -1:] + 1
             for start in progress(f"{b} rollouts", range(1, T, self.segment)):
-                # A batch must not pay b times for its longest row: those that ended leave it.
+                # Rows that ended leave, so that the batch does not wait for its longest row.
                 ended = is_eos(tokens[rows, :start], self.eos_ids).any(1)
                 going = (~ended).nonzero()[:, 0]
                 if len(going) == 0:
                     break
                 ids, positions, rows = ids[going], positions[going], rows[going]
                 steps = min(self.segment, T - start)
+                # The cache keeps these rows, with room for the next tokens.
                 attention = cache.make_room(attention, going, width + start - 1, steps)
-                repeat(step, steps, self.capture and cache.roomy)
+                repeat(step, steps, self.use_cuda_graph and cache.roomy)
         return tokens.cpu(), log_probs.cpu(), entropy.cpu()
 
 # --- One step: rollout, score, filter, reweight, update ------------------------------------------
-
-SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5  # the purposes of random numbers
-
-def stateless_uniforms(key, rows, width):
-    """Uniforms in [0, 1), float64 [b, width]: row i's are a function of (key, i) alone.
-
-    Not of rank, batch or what was drawn before: so 1, 2 and 4 ranks are the same run up to the
-    rounding of floats, and resuming has no generator to restore. key: (seed, purpose, step).
-    """
-    drawn = [default_rng((*key, i)).random(width) for i in rows]
-    return torch.tensor(np.array(drawn))
 
 @dataclass
 class Prompt:
     """A line of the prompt file."""
     ids: list  # token ids, the same for the student and its teacher
-    answer: str  # None if unknown
+    answer: str | None  # None if it is not known
     teacher: str  # the name of the teacher that grades it
     domain: str  # evaluations also give the figures of each domain
 
 @dataclass
-class Run:
-    """What a run holds, as `load` has made it. `run.config.x` is the setting --x."""
-    settings: Config  # as the user gave them
-    config: Config  # the same, but for a tiny pair, whose folders are filled in
-    tokenizer: object
-    prompts: list  # of Prompt
-    eval_prompts: list
-    student: Policy
-    trained: nn.Module  # the student as the update sees it: the same, or in DDP
-    optimizer: torch.optim.Optimizer
-    files: dict  # name -> bytes: what a checkpoint takes along from the student's
-    teachers: dict = field(default_factory=dict)  # name -> Policy
-    step: int = 0  # steps done
-    evaluated: int = -1  # the step of the last evaluation
-
-@dataclass
 class Rollouts:
-    """The trajectories of one step, as tables on the CPU that are the same on every rank: prompt
-    and response, padded on the right to [B, L]. log_probs[i, t] is that of ids[i, t], with no
-    shift by one, and 0 off the response; so in all tables."""
+    """The trajectories of one step, as tables on the CPU that are the same on every rank. A row is
+    prompt and response, padded on the right to L. In every table column t belongs to ids[:, t],
+    with no shift by one, and what is no response is 0 (but for ids)."""
     prompts: list  # B prompts
     lengths: list  # B numbers of tokens, prompt and response
     ids: Tensor  # [B, L]
     mask: Tensor  # [B, L] bool, the response mask
-    log_probs: Tensor  # [B, L] log pi_S(y_t), as sampled: for the metrics, not for the loss
+    log_probs: Tensor  # [B, L] log pi_S(y_t), as sampled; the loss takes those of its own pass
     student_entropy: Tensor  # [B, L] H_S,t, as sampled
 
     def select(self, table, rows):
         """These rows of a table [B, L], on the device, as wide as the longest."""
-        if not rows:  # a rank without rows still takes part, with a row that is all masked
+        if not rows:  # a rank without rows must still join in: one row, all of it masked
             return table.new_zeros(1, 2).to(DEVICE)
         width = max(self.lengths[i] for i in rows)
         return table[rows, :width].to(DEVICE)
 
 @dataclass
 class Graded:
-    """Rollouts, and what teacher, filter and weights have made of them."""
+    """Rollouts, with what teacher, filter and weights have made of them."""
     rollouts: Rollouts
     teacher_log_probs: Tensor  # [B, L] log pi_T(y_t)
     teacher_entropy: Tensor  # [B, L] H_T,t
@@ -492,12 +485,29 @@ class Graded:
     keep: Tensor  # [B] bool
     weights: Tensor  # [B, L], zero in dropped rows; None in an evaluation
 
+@dataclass
+class Run:
+    """What a run holds, as `load` has made it. `run.config.x` is the setting --x."""
+    settings: Config  # as the user gave them, and as config.json has them
+    config: Config  # what the code reads: the same, with the folders of a tiny pair filled in
+    tokenizer: object
+    prompts: list  # of Prompt
+    eval_prompts: list
+    student: Policy
+    trained: nn.Module  # what `update` calls: the student, or DDP around it
+    optimizer: torch.optim.Optimizer
+    files: dict  # {name: bytes}: the student's tokenizer and the like, for its checkpoints
+    teachers: dict = field(default_factory=dict)  # name -> Policy
+    step: int = 0  # steps done
+    evaluated: int = -1  # the step of the last evaluation
+
 def train_step(run):
     """One step of FiRe-OPD. -> Graded, metrics"""
     config = run.config
-    stopwatch = Stopwatch()
+    stopwatch = Stopwatch()  # the seconds of each phase, for the metrics
     # 1. the student writes
-    rollouts = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
+    prompts = step_prompts(run)  # B
+    rollouts = rollout(run, prompts, (config.seed, SAMPLE, run.step))
     stopwatch.lap("rollout")
     # 2. the teacher grades
     teacher_log_probs, teacher_entropy = score(run, rollouts)  # [B, L]
@@ -521,7 +531,8 @@ def ranking(run, scores):
     """What the filter ranks by: the scores, or as a control random numbers. -> [B]"""
     if run.config.filter_by == "likelihood":
         return scores
-    noise = stateless_uniforms((run.config.seed, FILTER, run.step), [0], len(scores))
+    key = (run.config.seed, FILTER, run.step)
+    noise = stateless_uniforms(key, [0], len(scores))  # [1, B]
     return random_scores(scores, noise[0])
 
 def step_prompts(run):
@@ -529,107 +540,58 @@ def step_prompts(run):
     config = run.config
     n = len(run.prompts)
     count = config.batch_size // config.rollouts_per_prompt
-    epoch, start = divmod(run.step * count, n)
     chosen = []
-    while len(chosen) < count:
-        order = default_rng((config.seed, ORDER, epoch)).permutation(n)
-        chosen.extend(order[start:start + count - len(chosen)])
-        epoch, start = epoch + 1, 0
-    return [run.prompts[i] for i in chosen for _ in range(config.rollouts_per_prompt)]
+    for k in range(run.step * count, (run.step + 1) * count):  # k counts from the run's start
+        epoch, place = divmod(k, n)
+        if place == 0 or not chosen:
+            order = default_rng((config.seed, ORDER, epoch)).permutation(n)
+        chosen += [run.prompts[order[place]]] * config.rollouts_per_prompt
+    return chosen
 
 def rollout(run, prompts, key):
     """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts"""
     config = run.config
     B, T = len(prompts), config.max_new_tokens
     tokens = torch.zeros(B, T, dtype=torch.long)
-    log_probs, entropy = torch.zeros(2, B, T)
+    log_probs = torch.zeros(B, T)
+    entropy = torch.zeros(B, T)
     share = list(range(RANK, B, WORLD_SIZE))
     for start in range(0, len(share), config.rollout_batch_size):
         rows = share[start:start + config.rollout_batch_size]
         ids = [prompts[i].ids for i in rows]
         uniforms = stateless_uniforms(key, rows, T)
-        tokens[rows], log_probs[rows], entropy[rows] = run.student.sample(ids, uniforms)
+        drawn = run.student.sample(ids, uniforms)
+        tokens[rows], log_probs[rows], entropy[rows] = drawn
     for table in (tokens, log_probs, entropy):
         sum_over_ranks(table)
     return lay_out(prompts, run.student.eos_ids, tokens, log_probs, entropy)
 
 def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
-    """Put the sampler's tables [B, T] behind their prompts, as tables [B, L]. -> Rollouts"""
-    valid = response_mask(tokens, eos_ids)  # [B, T]
+    """From tables of responses [B, T] to tables of prompts and responses [B, L]. -> Rollouts"""
+    valid = mask_responses(tokens, eos_ids)  # [B, T]
     starts = torch.tensor([[len(prompt.ids)] for prompt in prompts])  # [B, 1]
     ends = starts + valid.sum(1, keepdim=True)
     positions = torch.arange(int(ends.max()))  # [L]
     mask = (starts <= positions) & (positions < ends)  # [B, L]
 
-    def behind_prompts(table):
+    def behind_prompts(table):  # row by row, as many are valid as there are places in mask
         return table.new_zeros(mask.shape).masked_scatter(mask, table[valid])
 
     ids = behind_prompts(tokens)
     for row, prompt in zip(ids, prompts):
         row[:len(prompt.ids)] = torch.tensor(prompt.ids)
-    return Rollouts(prompts, ends[:, 0].tolist(), ids, mask, behind_prompts(log_probs),
-                    behind_prompts(entropy))
-
-@torch.no_grad()
-def score(run, rollouts):
-    """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, L]"""
-    tables = torch.zeros(2, *rollouts.ids.shape)  # [2, B, L]
-    for name, teacher in run.teachers.items():
-        rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
-        for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
-            ids = rollouts.select(rollouts.ids, micro)  # [b, l]
-            mask = rollouts.select(rollouts.mask, micro)
-            graded = torch.stack(teacher(ids, mask))  # [2, b, l]
-            tables[:, micro, :ids.shape[1]] = graded.cpu()
-    return sum_over_ranks(tables)
-
-def update(run, rollouts, teacher_log_probs, keep, weights):
-    """Steps 5 and 6, from kept trajectories: the others never enter the student's forward.
-
-    Their gradient is summed over micro-batches that fit into memory, and over ranks. It does not
-    depend on the cuts, since what divides it is counted before. keep [B], tables [B, L] -> metrics
-    """
-    config = run.config
-    rows = keep.nonzero()[:, 0].tolist()
-    count = int(rollouts.mask[rows].sum())
-    if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
-        weights = weights / rollouts.mask.sum(1, keepdim=True).clamp(min=1)
-        count = len(rows)
-    loss = torch.zeros(())
-    in_ddp = run.trained is not run.student
-    micros = micro_batches(rows, rollouts.lengths, config.micro_batch_tokens)
-    for micro in micros:
-        ids = rollouts.select(rollouts.ids, micro)  # [b, l]
-        mask = rollouts.select(rollouts.mask, micro)
-        teacher = rollouts.select(teacher_log_probs, micro)
-        if in_ddp:  # it need only exchange gradients in the last backward; set before the forward
-            run.trained.require_backward_grad_sync = micro is micros[-1]
-        log_probs, _ = run.trained(ids, mask)  # [b, l]
-        # The ratio's old policy is this very pass, not the sampler: the two round differently,
-        # and a ratio that is not exactly 1 would add noise to every gradient.
-        part = policy_loss(
-            log_probs, log_probs.detach(), teacher, rollouts.select(weights, micro), mask, count)
-        (part * WORLD_SIZE).backward()  # DDP and FSDP average over ranks; these losses add
-        loss += part.detach().cpu()
-    loss = sum_over_ranks(loss).item()
-    norm = clip_gradient(run)
-    if rows and rollouts.log_probs.isfinite().all() and math.isfinite(loss + norm):
-        skipped = 0
-        run.optimizer.step()
-    else:
-        skipped = 1  # the parameters stay as they are
-        loss = math.nan
-    run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's buckets are the gradients: kept
-    return {"loss": loss, "grad_norm": norm, "skipped_updates": skipped}
+    log_probs = behind_prompts(log_probs)
+    entropy = behind_prompts(entropy)
+    return Rollouts(prompts, ends[:, 0].tolist(), ids, mask, log_probs, entropy)
 
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
 
-    Sorted by length, so that hardly anything is padding, and a list's first row is its longest.
-    Every rank gets as many lists, if need be empty ones: a rank without trajectories must still
+    Sorted by length, so that there is little padding, and a list's first row is its longest. All
+    ranks get as many lists, some of which may be empty: a rank that has nothing left must still
     take part in every collective.
     """
-    share = math.ceil(len(rows) / WORLD_SIZE)  # no list is longer, or one rank would get all rows
+    share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, so that every rank gets some
     batches = []
     room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
@@ -642,10 +604,65 @@ def micro_batches(rows, lengths, budget):
         batches.append([])
     return batches[RANK::WORLD_SIZE]
 
+@torch.no_grad()
+def score(run, rollouts):
+    """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, L]"""
+    B, L = rollouts.ids.shape
+    tables = torch.zeros(2, B, L)  # of which each rank fills its share
+    for name, teacher in run.teachers.items():
+        rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
+        for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
+            ids = rollouts.select(rollouts.ids, micro)  # [b, l]
+            mask = rollouts.select(rollouts.mask, micro)
+            both = torch.stack(teacher(ids, mask))  # [2, b, l]
+            tables[:, micro, :ids.shape[1]] = both.cpu()  # nothing, if micro is []
+    return sum_over_ranks(tables)
+
+def update(run, rollouts, teacher_log_probs, keep, weights):
+    """Steps 5 and 6. Only kept trajectories go through the student.
+
+    Their gradients add, over micro-batches that fit into memory and over ranks. All are divided by
+    one number, which is counted over the whole step before: so it does not matter how the step is
+    cut. keep [B], tables [B, L] -> metrics
+    """
+    config = run.config
+    rows = keep.nonzero()[:, 0].tolist()
+    divisor = int(rollouts.mask[rows].sum())  # kept tokens
+    if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
+        response_lengths = rollouts.mask.sum(1, keepdim=True)  # [B, 1]
+        weights = weights / response_lengths.clamp(min=1)
+        divisor = len(rows)
+    loss = torch.zeros(())
+    in_ddp = run.trained is not run.student
+    micros = micro_batches(rows, rollouts.lengths, config.micro_batch_tokens)
+    for micro in micros:
+        ids = rollouts.select(rollouts.ids, micro)  # [b, l]
+        mask = rollouts.select(rollouts.mask, micro)
+        teacher = rollouts.select(teacher_log_probs, micro)
+        weight = rollouts.select(weights, micro)
+        if in_ddp:  # it exchanges gradients in the last backward only; to be set before a forward
+            run.trained.require_backward_grad_sync = micro is micros[-1]
+        log_probs, _ = run.trained(ids, mask)  # [b, l]
+        # The ratio's old policy is this very pass, not the sampler: the two round differently,
+        # and a ratio that is not exactly 1 would add noise to every gradient.
+        part = policy_loss(log_probs, log_probs.detach(), teacher, weight, mask, divisor)
+        (part * WORLD_SIZE).backward()  # DDP and FSDP take the mean over ranks, we want the sum
+        loss += part.detach().cpu()
+    loss = sum_over_ranks(loss).item()
+    norm = clip_gradient(run)
+    if rows and rollouts.log_probs.isfinite().all() and math.isfinite(loss + norm):
+        skipped = 0
+        run.optimizer.step()
+    else:  # nothing was kept, or something is not finite: the parameters stay as they are
+        skipped = 1
+        loss = math.nan
+    run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's gradients lie in its buckets: zeroed
+    return {"loss": loss, "grad_norm": norm, "skipped_updates": skipped}
+
 # --- The run -------------------------------------------------------------------------------------
 
 def train(config):
-    """A whole run, or with --resume the rest of one. -> whether it came to its end"""
+    """A whole run, or with --resume the rest of one. -> whether all steps are done"""
     run = load(config)
     evaluate_if_due(run)
     while run.step < config.steps and not stop_asked():
@@ -653,7 +670,7 @@ def train(config):
         run.step += 1
         report_step(run, graded, metrics)
         if due(run, config.save_every):
-            save_checkpoint(run)  # before an evaluation, in which a run may be killed
+            save_checkpoint(run)  # before the evaluation: if that is killed, the step is safe
         evaluate_if_due(run)
     if 0 < run.step < config.steps:  # told to stop
         save_checkpoint(run)
@@ -661,59 +678,61 @@ def train(config):
     return run.step >= config.steps
 
 def due(run, every):
-    """After the last step, and before that as often as wanted."""
-    if every == 0:
-        every = run.config.steps
-    if run.step == run.config.steps:
+    """Whether this step is the last, or a multiple of `every`; 0: only the last."""
+    if every > 0 and run.step % every == 0:
         return True
-    return run.step % every == 0
+    return run.step == run.config.steps
 
 def stop_asked():
     """Whether a signal asked any rank to stop: so all stop after the same step."""
     return any_rank(STOP.is_set())
 
 def evaluate_if_due(run):
-    """Before the run, after it and every --eval-every steps; once each, and not on the way out."""
+    """Before the run, every --eval-every steps, and after it; none twice, and none in a stop."""
     if run.step == 0 or due(run, run.config.eval_every):
         if run.evaluated != run.step and not stop_asked():
             evaluate(run)
 
 # === The method ends here; plumbing follows ======================================================
 
-# --- Fast decoding: a cache with room, and a step that a GPU plays by itself ---------------------
+# --- Fast decoding: a cache with room, and CUDA graphs ------------------------------------------
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for the tokens to come: no copy of all of them for every token.
-
-    In the type of the values: under autocast rotary embeddings leave the keys in float32.
-    """
+    """Keys and values with room for the tokens to come, which are written into it. Without it all
+    would be copied for every token. Both are of the values' type: under autocast rotary
+    embeddings leave the keys in float32."""
 
     def __init__(self, position):
         super().__init__()
         self.position = position  # [1], the slot of the token that is fed in
 
     def update(self, keys, values, *args, **kwargs):
-        """First the prompts', then a token's, into the room that `make_room` has made.
-        -> all keys and values so far and the room, [n, heads, L, d]"""
+        """The first call brings the prompts' keys and values, each later one those of a token, for
+        the room that `make_room` made. -> all of them, with the room, [n, heads, L, d]"""
         keys = keys.to(values.dtype)
         if not self.is_initialized:
-            self.lazy_initialization(keys, values)
-            self.keys, self.values = keys, values
-        else:
-            self.keys.index_copy_(2, self.position, keys)
-            self.values.index_copy_(2, self.position, values)
+            return super().update(keys, values)
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
 
+def rope_parameters(config):
+    """Of a model with rotary positions; else empty."""
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        return {}
+    return parameters
+
 class RolloutCache(transformers.DynamicCache):
-    """A cache that rows can leave. It has room where the model allows: where all layers attend to
-    all tokens, by torch's own attention, and positions are rotary. Else it is transformers' own."""
+    """A cache from which rows can be removed. Its layers have room if all of them attend to all
+    tokens, by torch's own attention and with rotary positions. Else they are transformers' own."""
 
     def __init__(self, model, position):
         super().__init__(config=model.config)
         self.position = position  # [1], the slot of the token that is fed in
         config = model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {}
-        # Dynamic positions ask the device for the length, which no graph can record.
+        rope = rope_parameters(config)
+        # Dynamic positions ask the GPU for the length, which a CUDA graph cannot record.
         rotary = len(rope) > 0 and rope.get("rope_type") != "dynamic"
         alibi = getattr(config, "alibi", False)
         torch_attention = model.config._attn_implementation == "sdpa"
@@ -728,26 +747,28 @@ class RolloutCache(transformers.DynamicCache):
             while (used + room) % 8:  # attention kernels want widths of 8
                 room += 1
             for layer in self.layers:
-                layer.keys = F.pad(layer.keys[going, :, :used], (0, 0, 0, room))
-                layer.values = F.pad(layer.values[going, :, :used], (0, 0, 0, room))
+                keys = layer.keys[going, :, :used]  # [n, heads, used, d]
+                values = layer.values[going, :, :used]
+                layer.keys = F.pad(keys, (0, 0, 0, room))  # behind `used`
+                layer.values = F.pad(values, (0, 0, 0, room))
         else:
-            self.reorder_cache(going)
+            self.reorder_cache(going)  # made for beam search: here it keeps these rows
         return F.pad(attention[going, :used], (0, room))
 
     def mask(self, attention):
-        """What the last token sees: as torch's attention wants it, or as transformers does."""
+        """The attention mask of the last token, in the form that the layers want."""
         if self.roomy:
             return attention[:, None, None]  # [n, 1, 1, L] bool
         return attention[:, :self.position.item() + 1]  # [n, length]
 
 def repeat(step, times, capture):
-    """Run a step of decoding `times` times. Captured, its kernels are recorded once and played
-    again without Python: they read and write the very same tensors each time."""
-    step()  # also warms up what must not be recorded
+    """Run step() `times` times. With capture its kernels are recorded in a CUDA graph, which then
+    runs them without Python. They read and write the very same tensors each time."""
+    step()  # which also warms up what must not be recorded
     if capture and times > 2:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has a thread, too
-            step()  # is only recorded
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread goes on
+            step()  # recorded, and not run
         step = graph.replay
     for _ in range(times - 1):
         step()
@@ -755,13 +776,14 @@ def repeat(step, times, capture):
 def left_padded(prompts):
     """Lists of ids, padded on the left -> ids, attention bool, both [b, longest]"""
     rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1).to(DEVICE)
+    ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
+    ids = ids.to(DEVICE)
     return ids.clamp(min=0), ids >= 0
 
 # --- The command line ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what is wrong, where, and what to do."""
+    """A user's mistake. Its text is one line: what is wrong, where, and what to do."""
 
 @contextlib.contextmanager
 def explain(what, advice):
@@ -772,12 +794,12 @@ def explain(what, advice):
         raise
     except Exception as error:
         cause = " ".join(str(error).split())[:300]
-        if type(error) is not ValueError:  # ours speak for themselves
+        if type(error) is not ValueError:  # which needs no name: most are ours
             cause = f"{type(error).__name__}: {cause}"
         raise UserError(f"{what}: {cause}; {advice}") from error
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one line for a mistake."""
+    """argparse, but a mistake is one line."""
 
     def error(self, message):
         raise UserError(f"settings: {message}; see --help")
@@ -794,12 +816,13 @@ def make_parser():
             options = {"action": argparse.BooleanOptionalAction}
         elif item.type is list:
             options = {"action": "extend", "nargs": "+"}
-        elif typing.get_origin(item.type) is Literal:
-            options = {"choices": typing.get_args(item.type)}
+        elif get_args(item.type):  # of a Literal
+            options = {"choices": get_args(item.type)}
         text = item.metadata["help"]
         if item.default not in ("", dataclasses.MISSING):
             text += f" [{item.default}]"
-        parser.add_argument("--" + item.name.replace("_", "-"), help=text, **options)
+        flag = "--" + item.name.replace("_", "-")
+        parser.add_argument(flag, help=text, **options)
     return parser
 
 def as_flags(settings):
@@ -809,7 +832,7 @@ def as_flags(settings):
         flag = name.replace("_", "-")
         if name not in vars(Config()):
             raise ValueError(f"{name!r} is not a setting")
-        if name == "teacher" and isinstance(value, list) and all(type(x) is str for x in value):
+        if name == "teacher" and isinstance(value, list):
             for x in value:
                 flags.append(f"--{flag}={x}")
         elif value is True:
@@ -823,27 +846,24 @@ def as_flags(settings):
     return flags
 
 def parse_config(argv=()):
-    """Defaults, then the JSON file, then the command line. Without models: the tiny pair."""
+    """Defaults, then the JSON file, then the command line. No models given: tiny_config.json."""
     parser = make_parser()
-    config = parser.parse_args(argv, Config())  # argparse fills it in
+    config = parser.parse_args(argv, Config())  # argparse fills it in; once to find --config
     path = config.config
     if not path and not config.teacher and not config.student and not config.prompts:
         path = str(Path(__file__).with_name("tiny_config.json"))
     if path:
         with explain(f"config {path}", "give a JSON object of settings"):
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(settings, dict):
-                raise ValueError("it is no object")
             tiny = settings.pop("tiny", {})
-            if not isinstance(tiny, dict):
-                raise ValueError("tiny must be an object")
             if config.teacher:  # the command line's replace the file's, they are not added
                 settings.pop("teacher", None)
             config = parser.parse_args([*as_flags(settings), *argv], Config(tiny=tiny))
     config.config = path
     folder = Path(path).parent
-    if config.resume and not config.output_dir and path and (folder / "metrics.jsonl").exists():
-        config.output_dir = str(folder)  # the run of this config.json, even if it was moved
+    if path and config.resume and not config.output_dir:
+        if (folder / "metrics.jsonl").exists():  # the config.json of a run, perhaps a moved one
+            config.output_dir = str(folder)
     check(config)
     return config
 
@@ -868,7 +888,7 @@ def check(config):
         raise UserError("--teacher, --student and --prompts go together; give all three")
     for path in (config.prompts, config.eval_prompts):
         if path and not os.path.exists(path):
-            raise UserError(f"{path}: no such file; paths start at the current folder")
+            raise UserError(f"{path}: no such file, seen from the current folder; give another")
     if config.resume and config.steps == 0:
         raise UserError("--resume needs --steps; to evaluate a checkpoint give it as --student")
     if config.resume and not config.output_dir:
@@ -889,16 +909,20 @@ class Stopwatch:
         self.seconds["seconds_" + phase] = now - self.last
         self.last = now
 
-# 12, -3.5, .5, 1,234, 3/4
-NUMBER = r"(?<![\d.])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.\d+|\d+)(?:\.\d+)?(?:/\d+)?"
+NUMBER = (r"(?<![\d.])[-\u2212]?"  # a sign, not inside of another number
+          r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.\d+|\d+)"  # 1,234 or .5 and 3.5 or 12
+          r"(?:\.\d+)?(?:/\d+)?")  # 1,234.5 and 3/4
 
 def final_answer(text):
     """What stands in the last \\boxed{...}, or else the last number, or else all of it."""
-    before, box, rest = text.rpartition("\\boxed{")
+    _, box, rest = text.rpartition("\\boxed{")
     if box:
         depth = 1
         for end, character in enumerate(rest):
-            depth += (character == "{") - (character == "}")
+            if character == "{":
+                depth += 1
+            elif character == "}":
+                depth -= 1
             if depth == 0:
                 return rest[:end]
     numbers = re.findall(NUMBER, text)
@@ -907,8 +931,10 @@ def final_answer(text):
     return text
 
 def normalized(text):
-    """An answer without spaces, $, %, \\text, thousands separators and zeros at its end."""
-    text = text.replace("\u2212", "-").replace("dfrac", "frac").replace("tfrac", "frac")
+    """An answer without what does not matter: spaces, $, %, \\text, \\left, thousands separators,
+    zeros at its end, and with one way to write minus, fractions and 0.5."""
+    text = text.replace("\u2212", "-")
+    text = re.sub("[dt]frac", "frac", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\left|\\right|\\[,!;]|\{,\}|\\?[$%]|\s", "", text).rstrip(".,")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234
@@ -919,8 +945,7 @@ def is_correct(response, answer):
     """Whether a response is the answer or ends in it; the answer may be a worked solution."""
     if "\\boxed{" in answer:
         answer = final_answer(answer)
-    answer = normalized(answer.split("####")[-1])
-    response = response.replace("\u2212", "-")
+    answer = normalized(answer.split("####")[-1])  # as the solutions of GSM8K end
     return answer in (normalized(response), normalized(final_answer(response)))
 
 def correctness(run, rollouts):
@@ -934,10 +959,12 @@ def correctness(run, rollouts):
     return correct
 
 def averages(run, graded, groups):
-    """Means over the tokens or trajectories of groups of rows. groups {suffix: rows [B] bool}"""
+    """Means over the tokens or trajectories of groups of rows; of an empty group they are NaN.
+    groups {suffix of the names: rows [B] bool}"""
     rollouts = graded.rollouts
     correct = correctness(run, rollouts)
-    ended = (is_eos(rollouts.ids, run.student.eos_ids) & rollouts.mask).any(1)  # [B]
+    ends = is_eos(rollouts.ids, run.student.eos_ids) & rollouts.mask  # [B, L]
+    ended = ends.any(1)  # [B]
     metrics = {}
     for suffix, rows in groups.items():
         rows = rows & graded.scores.isfinite()
@@ -961,16 +988,18 @@ def measure_step(run, graded, stopwatch):
     """The row of a step in metrics.jsonl: of all rollouts, the kept and the dropped."""
     keep = graded.keep
     weights = graded.weights[graded.rollouts.mask & keep[:, None]]  # [n]
+    effective_size = weights.mean() ** 2 / weights.square().mean()  # 1 if all are equal
     metrics = {
         "step": run.step + 1,  # the one that was just done
         "keep_ratio": keep.float().mean().item(),
-        "filter_threshold": min(graded.scores[keep].tolist(), default=math.nan),
-        "weight_ess": (weights.mean() ** 2 / weights.square().mean()).item(),
+        "filter_threshold": min(graded.scores[keep].tolist(), default=math.nan),  # lowest kept
+        "weight_ess": effective_size.item(),
     }
     if len(run.teachers) > 1:
         for name in run.teachers:
             own = torch.tensor([prompt.teacher == name for prompt in graded.rollouts.prompts])
-            metrics["keep_ratio/" + name] = keep[own].float().mean().item()
+            share = keep[own].float().mean()
+            metrics["keep_ratio/" + name] = share.item()
     groups = {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep}
     metrics |= averages(run, graded, groups)
     stopwatch.lap("metrics")
@@ -982,7 +1011,7 @@ def measure_step(run, graded, stopwatch):
     return metrics
 
 def evaluate(run):
-    """One response to each held-out prompt, always from the same uniforms."""
+    """One response to each held-out prompt, from the same random numbers in every evaluation."""
     run.evaluated = run.step
     if not run.eval_prompts:
         return
@@ -994,14 +1023,17 @@ def evaluate(run):
     graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, everything, None)
     groups = {"": everything}
     for domain in sorted({prompt.domain for prompt in prompts} - {""}):
-        groups["/" + domain] = torch.tensor([prompt.domain == domain for prompt in prompts])
+        own = [prompt.domain == domain for prompt in prompts]
+        groups["/" + domain] = torch.tensor(own)
     metrics = averages(run, graded, groups)
+    row = {"step": run.step}
     shown = []
     for name, x in metrics.items():
+        row["eval/" + name] = x
         if name.startswith(("exact_match", "reverse_kl")):
             shown.append(f"{name} {x:.3f}")
     print0(f"step {run.step}: evaluation: " + ", ".join(shown[:20]))
-    log(run, {"step": run.step} | {"eval/" + name: x for name, x in metrics.items()})
+    log(run, row)
     write_report(run)
 
 # --- The screen and the log ----------------------------------------------------------------------
@@ -1014,16 +1046,20 @@ def print0(text):
 
 def on_terminal():
     """Whether somebody may be watching the bars. Without a console there is no stderr."""
-    return RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
+    if RANK > 0 or sys.stderr is None:
+        return False
+    return sys.stderr.isatty()
 
 def progress(label, iterable):
     """A bar for those who wait, on a terminal only."""
     return tqdm(iterable, label, leave=False, disable=not on_terminal())
 
 def log(run, row):
-    """A line of metrics.jsonl. JSON has no NaN: such a figure is null."""
+    """Append a line to metrics.jsonl. JSON has no NaN: such a figure is null."""
     if RANK == 0 and run.config.steps > 0:
-        row = {name: x if math.isfinite(x) else None for name, x in row.items()}
+        for name, x in row.items():
+            if not math.isfinite(x):
+                row = row | {name: None}
         path = Path(run.config.output_dir, "metrics.jsonl")
         with explain(path, "make room and --resume"):
             with path.open("a") as file:
@@ -1038,7 +1074,7 @@ def read_log(folder):
     return rows
 
 def report_step(run, graded, metrics):
-    """A step in the log and on the screen; its rollouts there, too, if it is the first or last."""
+    """A step in the log, for the report, and on the screen: rollouts of the first and the last."""
     log(run, metrics)
     print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
            f"length {metrics['response_length']:.0f}, "
@@ -1059,11 +1095,11 @@ def verdict(graded, i):
     return f"{word}, score {graded.scores[i]:.3f}"
 
 def least_likely(run, graded, i):
-    """The three tokens of row i that its teacher found least likely, in their order."""
+    """The three tokens of row i that its teacher found least likely."""
     positions = graded.rollouts.mask[i].nonzero()[:, 0]
     log_probs = graded.teacher_log_probs[i, positions]
     tokens = []
-    for j in log_probs.argsort()[:3].sort().values:
+    for j in log_probs.argsort()[:3]:
         token = run.tokenizer.decode(graded.rollouts.ids[i, positions[j]])
         tokens.append(f"{token!r} {log_probs[j]:.2f}")
     return "least likely to the teacher (log pi_T): " + ", ".join(tokens)
@@ -1072,7 +1108,8 @@ def rollout_text(run, graded, i):
     """Row i in a few lines."""
     rollouts = graded.rollouts
     prompt = run.tokenizer.decode(rollouts.prompts[i].ids)
-    response = run.tokenizer.decode(rollouts.ids[i][rollouts.mask[i]])
+    ids = rollouts.ids[i]
+    response = run.tokenizer.decode(ids[rollouts.mask[i]])
     return (f"{verdict(graded, i)}: {prompt[-80:]!r} -> {response[-400:]!r}\n"
             f"    {least_likely(run, graded, i)}")
 
@@ -1089,23 +1126,23 @@ def summarize(run):
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
             print0(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
-    program = ["python", os.path.relpath(__file__), "--config", f"{folder}/config.json"]
-    newest = str(checkpoints(folder)[-1])
+    quoted = shlex.quote(folder)
+    program = f"python {shlex.quote(os.path.relpath(__file__))} --config {quoted}/config.json"
+    newest = checkpoints(folder)[-1].name
     steps = run.config.steps
     if run.step == steps:
-        steps *= 2
-    go_on = [*program, "--resume", "--steps", str(steps)]
-    test = [*program, "--output-dir", folder, "--steps", "0", "--student", newest]
+        steps *= 2  # all are done: as many again
     print0(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl, "
            f"curves and rollouts in {folder}/report.html. Next:\n"
-           f"  go on     {shlex.join(go_on)}\n"
-           f"  evaluate  {shlex.join(test)}\n"
-           f"  use       transformers.pipeline('text-generation', {newest!r})")
+           f"  go on     {program} --resume --steps {steps}\n"
+           f"  evaluate  {program} --output-dir {quoted} --steps 0 --student {quoted}/{newest}\n"
+           f"  use       transformers.pipeline('text-generation', '{folder}/{newest}')")
 
 def eval_names(rows, metric):
-    """The names in the log of a held-out metric: of all prompts, and of the first few domains."""
-    names = [name for name in rows[0] if name.startswith("eval/" + metric)]
-    return names[:7]  # a run begins with an evaluation
+    """The names of a held-out metric in the log: for all prompts, and for some domains."""
+    first = rows[0]  # the evaluation before the run, if there is one
+    names = [name for name in first if name.startswith("eval/" + metric)]
+    return names[:7]
 
 # --- report.html: curves, scores and rollouts, in one page without a script ----------------------
 
@@ -1130,17 +1167,22 @@ its figures appear under the mouse.</p>
 COLORS = ["#3b82f6", "#16a34a", "#dc2626", "#d97706", "#9333ea", "#0891b2", "#65a30d"]
 
 def scaled(value, low, high, start, end):
-    """A place on an axis from `start` to `end` pixels, which shows `low` to `high`."""
-    return round(start + (end - start) * (value - low) / (high - low + 1e-9), 1)
+    """Where a value lies on an axis that shows `low` at pixel `start` and `high` at `end`."""
+    share = (value - low) / (high - low + 1e-9)
+    return round(start + share * (end - start), 1)
 
 def chart(rows, names):
     """Some metrics over the steps, with axes and the last values. -> HTML"""
     curves = {}
     heights = [0]
     for name in names:
-        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        points = []
+        for row in rows:
+            if row.get(name) is not None:
+                points.append((row["step"], row[name]))
         if points:
-            curves[name] = points[::len(points) // 300 + 1] + points[-1:]
+            every = len(points) // 300 + 1  # some 300 points are enough
+            curves[name] = points[::every] + points[-1:]
             heights += [y for x, y in points]
     if not curves:
         return ""
@@ -1160,23 +1202,27 @@ def chart(rows, names):
             f'<text x="390" y="166" text-anchor="end">step {last}</text></svg></figure>\n')
 
 def score_strip(graded):
-    """The scores of one step as dots, each domain on a line; a line where they are kept. -> HTML"""
+    """The scores of one step as dots, a row for each domain, and a line at the lowest that was
+    kept. -> HTML"""
     prompts = graded.rollouts.prompts
     domains = sorted({prompt.domain for prompt in prompts})[:6]
-    rows = graded.scores.isfinite().nonzero()[:, 0].tolist()
     scores = graded.scores.tolist()
-    low = min([scores[i] for i in rows], default=0)
-    high = max([scores[i] for i in rows], default=0)
+    finite = [score for score in scores if math.isfinite(score)]
+    low = min(finite, default=0)
+    high = max(finite, default=0)
     bottom = 22 * len(domains)
     marks = ""
     for line, domain in enumerate(domains):
         y = 22 * line + 10
         marks += f'<text x="0" y="{y + 6}">{html.escape(domain[:8])}</text>'
-        for i in rows[::len(rows) // 500 + 1]:
-            if prompts[i].domain == domain:
+        for i, prompt in enumerate(prompts):
+            if prompt.domain == domain and math.isfinite(scores[i]):
                 x = scaled(scores[i], low, high, 60, 690)
-                color = COLORS[1] if graded.keep[i] else COLORS[2]
-                marks += (f'<circle cx="{x}" cy="{y + i % 5}" r="4" fill="{color}" '
+                color = COLORS[2]
+                if graded.keep[i]:
+                    color = COLORS[1]
+                spread = i % 5  # so that fewer dots hide each other
+                marks += (f'<circle cx="{x}" cy="{y + spread}" r="4" fill="{color}" '
                           'fill-opacity="0.5"/>')
     lowest = min(graded.scores[graded.keep].tolist(), default=high)
     x = scaled(lowest, low, high, 60, 690)
@@ -1218,8 +1264,8 @@ def save_examples(run, graded, rows):
     write_text(Path(run.config.output_dir, name), text)
 
 def write_text(path, text):
-    """A file that a reader never meets half written."""
-    with explain(str(path), "make room and --resume"):
+    """Write a file under another name and rename it, so that it is never seen half written."""
+    with explain(path, "make room and --resume"):
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
@@ -1243,19 +1289,18 @@ def write_report(run):
         if name != "tiny" and value != getattr(Config(), name):
             changed[name] = value
     command = shlex.join(["python", "fire_opd.py", *as_flags(changed)])
-    body += f"<p>The run, its defaults left out: <code>{html.escape(command)}</code></p>"
+    body += f"<p>The run, without defaults: <code>{html.escape(command)}</code></p>"
     title = f"FiRe-OPD: {html.escape(folder.name)}, step {run.step}"
     write_text(folder / "report.html", PAGE.format(title=title, body=body))
 
 # --- Prompts -------------------------------------------------------------------------------------
 
+# The columns that are read; "group" is the old name of "domain".
 COLUMNS = ("prompt", "problem", "question", "messages", "answer", "ground_truth", "solution",
-           "teacher", "domain", "group", "tools")  # what is read; group is the old name of domain
+           "teacher", "domain", "group", "tools")
 
 def text_of(content):
     """The text of a message's content, which other tools write as a list of parts."""
-    if isinstance(content, dict):
-        content = [content]
     if isinstance(content, list):
         for part in content:
             if part["type"] != "text":
@@ -1269,23 +1314,26 @@ def tokenize(prompt, tokenizer, config, tools=None):
         if tools or not isinstance(prompt, str):
             raise ValueError("tools and lists of messages need a chat template")
         ids = tokenizer(prompt, verbose=False)["input_ids"]
-        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text brought one along
+        if ids[:2] == [tokenizer.bos_token_id] * 2:  # one of the text, one of the tokenizer
             ids = ids[1:]
         if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
-            ids = ids[:-1]  # the tokenizer closed what the student is to go on with
+            ids = ids[:-1]  # the tokenizer's: but the student is to go on
         return ids
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
-    if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set: its reply is not for us
+    if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set, with its reply
         messages = messages[:-1]
-    messages = [message | {"content": text_of(message.get("content"))} for message in messages]
+    rendered = []
+    for message in messages:
+        text = text_of(message.get("content"))
+        rendered.append(message | {"content": text})
     return tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=True, return_dict=False,
+        rendered, tools=tools, add_generation_prompt=True, return_dict=False,
         enable_thinking=config.enable_thinking)
 
 def without_nulls(pairs):
-    """A JSON object without its nulls: data sets fill in what a row lacks, down to its tools."""
+    """A JSON object without nulls, which some data sets write for what a row or a tool lacks."""
     return {key: value for key, value in pairs if value is not None}
 
 def first_of(row, *keys):
@@ -1293,6 +1341,7 @@ def first_of(row, *keys):
     for key in keys:
         if row.get(key) not in (None, "", []):
             return row[key]
+    return None
 
 def parse_prompt(row, tokenizer, config, vocabulary, teachers):
     """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
@@ -1313,10 +1362,10 @@ def parse_prompt(row, tokenizer, config, vocabulary, teachers):
         raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: "
                          "give --teacher NAME=PATH")
     ids = list(tokenize(content, tokenizer, config, first_of(row, "tools")))
-    strange = sorted(set(ids) - vocabulary)
-    if strange:
-        names = tokenizer.convert_ids_to_tokens(strange[:3])
-        raise ValueError(f"its tokens {names} are unknown to a model")
+    unknown = sorted(set(ids) - vocabulary)
+    if unknown:
+        names = tokenizer.convert_ids_to_tokens(unknown[:3])
+        raise ValueError(f"its tokens {names} are not known to all models")
     if not ids:
         raise ValueError("the prompt has no tokens")
     if answer is not None:
@@ -1326,7 +1375,7 @@ def parse_prompt(row, tokenizer, config, vocabulary, teachers):
     return Prompt(ids, answer, teacher, str(domain))
 
 def squeezed(text):
-    """Without what a tokenizer may change in good faith: case, runs of spaces, Unicode forms."""
+    """Text without what a tokenizer may change: case, runs of spaces, Unicode forms."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 def is_lost(row, ids, tokenizer):
@@ -1345,7 +1394,7 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
         return []
     prompts, unread, lost = [], set(), []
     with explain(path, "give a JSON Lines file"):
-        lines = Path(path).read_bytes().split(b"\n")  # only there: text may hold U+2028
+        lines = Path(path).read_bytes().split(b"\n")  # splitlines() would split at U+2028, too
     for number, line in enumerate(progress(path, lines), 1):
         with explain(f"{path} line {number}", "each line must be a JSON object with a prompt"):
             if not line.strip():
@@ -1365,11 +1414,12 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
         raise UserError(f"{path} line {lost[0]} and {len(lost) - 1} more: the prompt's text is not "
                         "in its tokens; its chat template or tokenizer loses it, try another")
     print0(f"{path}: {len(kept)} prompts of at most {config.max_prompt_tokens} tokens")
-    for what, found in (("longer prompts, which are dropped", len(prompts) - len(kept)),
-                        ("lines not all of whose text is in their tokens", lost),
-                        ("columns that are not read", sorted(unread))):
-        if found:
-            print0(f"warning: {path}: {what}: {found}")
+    if len(kept) < len(prompts):
+        print0(f"warning: {path}: {len(prompts) - len(kept)} longer prompts are dropped")
+    if lost:
+        print0(f"warning: {path}: lines not all of whose text is in their tokens: {lost}")
+    if unread:
+        print0(f"warning: {path}: columns that are not read: {sorted(unread)}")
     return kept
 
 # --- Models --------------------------------------------------------------------------------------
@@ -1401,7 +1451,8 @@ def open_source(name, path):
     if not folder.is_dir():
         with explain(f"{name} {path}",
                      "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
-            folder = Path(huggingface_hub.snapshot_download(  # what transformers would load
+            # What transformers would load: no other formats, no copy of the weights in a subfolder.
+            folder = Path(huggingface_hub.snapshot_download(
                 str(path), etag_timeout=5, ignore_patterns=["*/*", "consolidated*"],
                 allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
     with explain(f"{name} {path}", "give a complete checkpoint folder, tokenizer included"):
@@ -1419,33 +1470,39 @@ def open_source(name, path):
 def check_positions(source, longest):
     """Whether the model has as many positions as the longest prompt and response need."""
     config = source.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *rope.values()]:  # some models have one for each type of layer
+    limit = getattr(config, "max_seq_len", math.inf)
+    limit = getattr(config, "max_position_embeddings", limit)
+    rope = rope_parameters(config)
+    for parameters in [rope] + list(rope.values()):  # some models have one for each type of layer
         if isinstance(parameters, dict):
             original = parameters.get("original_max_position_embeddings") or limit
             if parameters.get("rope_type") == "yarn":
                 limit = int(parameters["factor"] * original)
             elif parameters.get("rope_type") in ("longrope", "dynamic"):
-                limit = original  # beyond, a batch's longest row would change the others
+                limit = original  # beyond it, a batch's longest row would change the others
     if longest > limit:
         raise UserError(f"{source.name} {source.folder}: prompt and response may take {longest} "
                         f"tokens, its positions end at {limit}; lower --max-new-tokens or "
                         "--max-prompt-tokens")
 
+def tokens_by_id(source):
+    """{id: token} of a tokenizer's whole vocabulary."""
+    vocabulary = source.tokenizer.get_vocab()
+    return {i: token for token, i in vocabulary.items()}
+
 def shared_vocabulary(student, teachers):
-    """The ids that all models have an embedding of, and take for the same token.
+    """The ids that every model has an embedding of, and that are the same token to all of them.
 
     Compared id by id: that embeddings are equally wide proves nothing, since they are padded.
     """
-    ours = {i: token for token, i in student.tokenizer.get_vocab().items()}
+    ours = tokens_by_id(student)
     shared = set(ours)
-    for source in [student, *teachers]:
-        theirs = {i: token for token, i in source.tokenizer.get_vocab().items()}
+    for source in [student] + teachers:
+        theirs = tokens_by_id(source)
         rows = source.config.get_text_config().vocab_size
-        shared = {i for i in shared if i in theirs and i < rows}
+        shared = {i for i in shared & theirs.keys() if i < rows}
         differ = {i for i in shared if theirs[i] != ours[i]}
-        # Reserved tokens may have been renamed: no prompt and no rollout will have one.
+        # A reserved token of another name is no mistake: it is left out, and never sampled.
         wrong = sorted(differ - source.tokenizer.added_tokens_decoder.keys())
         if wrong or not shared:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1461,63 +1518,69 @@ def shared_vocabulary(student, teachers):
 def end_ids(model, tokenizer, config):
     """What ends a response: the checkpoint's ids, and the chat template's end of turn."""
     ids = set()
-    for source in (model.generation_config, model.config, tokenizer):
-        listed = getattr(source, "eos_token_id", None)
+    for holder in (model.generation_config, model.config, tokenizer):
+        listed = getattr(holder, "eos_token_id", None)
         if not isinstance(listed, list):
             listed = [listed]
         ids.update(listed)
     if tokenizer.chat_template and config.chat_template == "auto":
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
-        with contextlib.suppress(Exception):  # a template without replies has no end of turn
+        with contextlib.suppress(Exception):  # some templates cannot show a reply
             text = tokenizer.apply_chat_template(turns, tokenize=False)
             tail = text.split("@reply@")[-1].lstrip()
             first = tokenizer(tail, add_special_tokens=False)["input_ids"][0]
-            if first in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+            if first in tokenizer.all_special_ids or first in tokenizer.added_tokens_decoder:
                 ids.add(first)
     return ids - {None}
 
 def load_model(source, dtype):
-    """A causal LM on the host: complete, frozen, and without dropout, which would make the policy
-    that is trained differ from the one that wrote."""
+    """A causal LM on the CPU: complete, frozen, without dropout. The policy that is trained must
+    be the one that wrote."""
     model, info = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=dtype, use_safetensors=True, local_files_only=True,
         trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
-    broken = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    broken = list(info["missing_keys"]) + list(info["mismatched_keys"])
     if broken:
         raise ValueError(f"{len(broken)} weights are missing or of another shape, such as "
-                         f"{broken[0]}")
-    if model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no inner model: not supported")
+                         f"{sorted(map(str, broken))[0]}")
     return model.requires_grad_(False).eval()
 
 def load_policy(source, config, vocabulary):
     """The student or a teacher, on its device. -> Policy"""
-    is_student = source.name == "student"
-    # AdamW at 1e-6 on bf16 weights rounds nearly every update away: the student's are float32.
-    dtype = torch.float32 if is_student else compute_dtype(config)
+    # One rank of a node after the other, so that its memory holds a large model only once.
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))):
-        if turn == LOCAL_RANK:  # in turn: a node's memory holds a large model once
-            with explain(f"{source.name} {source.folder}", "give a safetensors causal LM"):
-                model = load_model(source, dtype)
-                ends = end_ids(model, source.tokenizer, config)
-                if is_student and not ends <= vocabulary:
-                    raise ValueError(f"its end of sequence {sorted(ends)} is not in the vocabulary "
-                                     "that it shares with its teachers")
-                policy = Policy(model, ends, vocabulary, config)
-            if is_student:
-                prepare_student(model, config)
-            if is_sharded(config):
-                shard(policy, is_student)
-            policy.to(DEVICE)
+        if turn == LOCAL_RANK:
+            policy = make_policy(source, config, vocabulary)
         barrier()
-    print0(f"{source.name}: {model.num_parameters():,} parameters, "
-           f"end of sequence: {sorted(ends)}")
-    if not ends:
+    print0(f"{source.name}: {policy.model.num_parameters():,} parameters, "
+           f"end of sequence: {sorted(policy.eos_ids)}")
+    if not policy.eos_ids:
         print0(f"warning: {source.name} has no end of sequence: responses end at --max-new-tokens")
     return policy
 
+def make_policy(source, config, vocabulary):
+    """Load it, prepare what is trained, shard it if wanted, and move it. -> Policy"""
+    is_student = source.name == "student"
+    dtype = compute_dtype(config)
+    if is_student:
+        dtype = torch.float32  # an AdamW step of 1e-6 would vanish in the rounding of bfloat16
+    with explain(f"{source.name} {source.folder}", "give a safetensors causal LM"):
+        model = load_model(source, dtype)
+        ends = end_ids(model, source.tokenizer, config)
+        if is_student and not ends <= vocabulary:
+            raise ValueError(f"its end of sequence {sorted(ends)} is not in the vocabulary that it "
+                             "shares with its teachers")
+        # Checkpoints take its own generation_config.json along: some are read, but cannot be saved.
+        model.generation_config = transformers.GenerationConfig()
+        policy = Policy(model, ends, vocabulary, config)
+    if is_student:
+        prepare_student(model, config)
+    if is_sharded(config):
+        apply_fsdp(policy, is_student)
+    return policy.to(DEVICE)
+
 def compute_dtype(config):
-    """Of the teachers, and of the products of a float32 student."""
+    """The dtype of the teachers' weights, and of a student's matrix products."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
@@ -1534,7 +1597,7 @@ def blocks(model):
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 def prepare_student(model, config):
-    """What is trained, and what is recomputed."""
+    """Unfreeze what is trained; recompute activations if that is wanted."""
     # Not a vision tower: it gets no gradient from text, and DDP would wait for it.
     model.get_decoder().requires_grad_()
     model.get_output_embeddings().requires_grad_()
@@ -1548,14 +1611,15 @@ def recomputed(forward, *args, **kwargs):
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
     return forward(*args, **kwargs)
 
-def shard(policy, is_student):
-    """FSDP2. Teachers are gathered block by block; the student stays whole from its first sampled
-    token to the backward pass: gathering it for every token would cost more than its memory."""
+def apply_fsdp(policy, is_student):
+    """FSDP2. A teacher's block is gathered when it runs. The student is gathered at its first
+    sampled token and stays whole until the backward pass: gathering it for every token would cost
+    more than its memory."""
     precision = MixedPrecisionPolicy()
-    if is_student and policy.autocast_to_bf16:  # inputs stay: uniforms in bf16 could be 1
+    if is_student and policy.autocast_to_bf16:  # inputs stay: uniforms in bf16 could become 1
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # The policy last, and not the inner model: the head may be tied to the embedding.
-    for module in [*blocks(policy.model), policy]:
+    # The policy comes last and takes what is left: its head may be tied to its embedding.
+    for module in blocks(policy.model) + [policy]:
         fully_shard(module, reshard_after_forward=not is_student, mp_policy=precision)
     register_fsdp_forward_method(policy, "sample")
 
@@ -1566,14 +1630,15 @@ def load(settings):
         config = make_tiny(settings)
     newest = newest_checkpoint(config)
     student = open_source("student", newest or config.student)
-    teachers = [open_source(name, path) for name, path in teacher_paths(config).items()]
-    names = [source.name for source in teachers]
+    paths = teacher_paths(config)  # {name: path}
+    names = list(paths)
+    teachers = [open_source(name, paths[name]) for name in names]
     vocabulary = shared_vocabulary(student, teachers)
     prompts = load_prompts(config.prompts, student.tokenizer, config, vocabulary, names)
     held_out = load_prompts(config.eval_prompts, student.tokenizer, config, vocabulary, names)
     print0(f"first prompt: {student.tokenizer.decode(prompts[0].ids)!r}")
     longest = max(len(prompt.ids) for prompt in prompts + held_out) + config.max_new_tokens
-    for source in [student, *teachers]:
+    for source in [student] + teachers:
         check_positions(source, longest)
     check_output(settings)
     policy = load_policy(student, config, vocabulary)
@@ -1588,7 +1653,7 @@ def load(settings):
         if run.teachers[source.name].eos_ids != policy.eos_ids:
             print0(f"warning: {source.name} has another end of sequence than the student, with "
                    "which rollouts end: their length may drift")
-    self_test(run)  # after the optimizer's state: a forward leaves a sharded student whole
+    self_test(run)  # after the optimizer is restored: a forward leaves a sharded student whole
     claim_output(settings, newest)
     return run
 
@@ -1610,8 +1675,8 @@ def clip_gradient(run):
     return norm.item()
 
 def warm_up_ddp(run):
-    """Two backwards of nothing: DDP lays out its buckets in its first two and rounds otherwise
-    there, so a resumed run would differ from one that went on."""
+    """Two backward passes of zeros. DDP lays out its buckets in its first two, and rounds
+    differently there: a resumed run would differ from one that went on."""
     if run.trained is not run.student:
         nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
         for _ in range(2):
@@ -1621,29 +1686,28 @@ def warm_up_ddp(run):
 
 @torch.no_grad()
 def self_test(run):
-    """Scoring must find what sampling found by transformers' own forward, with a cache and padded
-    rows: no model passes that scales its logits, or is given wrong positions or a wrong mask."""
+    """Scoring (our head, no cache, padding on the right) must find the log-probs of sampling
+    (transformers' own forward, with a cache and padding on the left). It does not with a model
+    that scales its logits, or is given wrong positions or a wrong mask."""
     config = run.config
     if config.compile:
         print0("compiling scoring and update: a minute, once")
     by_length = sorted(run.prompts, key=lambda prompt: len(prompt.ids))
     prompts = by_length[:4] + by_length[-4:]
-    rows = list(range(len(prompts)))
-    uniforms = stateless_uniforms((config.seed, EVALUATE), rows, min(16, config.max_new_tokens))
-    for name, policy in [("student", run.student), *run.teachers.items()]:
+    width = min(16, config.max_new_tokens)
+    uniforms = stateless_uniforms((config.seed, EVALUATE), range(len(prompts)), width)
+    policies = {"student": run.student} | run.teachers
+    for name, policy in policies.items():
         with explain(f"self-test of {name}", "such a model, or --compile here, is not supported"):
             sampled = policy.sample([prompt.ids for prompt in prompts], uniforms)
             r = lay_out(prompts, policy.eos_ids, *sampled)
-            gaps = []
-            for i in range(0, len(rows), 2):  # by twos, as long prompts may not fit all together
-                two = rows[i:i + 2]
-                scored, _ = policy(r.select(r.ids, two), r.select(r.mask, two))  # [2, l]
-                width = scored.shape[1]
-                gap = scored.cpu() - r.log_probs[two, :width]
-                gaps.append(gap[r.mask[two, :width]])
-            gap = torch.cat(gaps).abs().mean().item()
-            limit = 0.2 if policy.autocast_to_bf16 else 1e-4  # of rounding
-            if not gap < limit / min(1, config.temperature):
+            scored, _ = policy(r.ids.to(DEVICE), r.mask.to(DEVICE))  # [8, L]
+            gap = (scored.cpu() - r.log_probs)[r.mask]
+            gap = gap.abs().mean().item()
+            limit = 1e-4  # of rounding
+            if policy.autocast_to_bf16:
+                limit = 0.2
+            if not gap < limit / min(1, config.temperature):  # so that NaN fails, too
                 raise ValueError(f"log-probs of scoring and sampling are {gap:.1e} apart: it "
                                  "scales or caps its logits, sees padding, or has NaN weights")
         print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
@@ -1652,12 +1716,12 @@ def self_test(run):
 
 MAY_CHANGE = ("steps", "eval_every", "save_every", "keep", "rollout_batch_size", "compile",
               "micro_batch_tokens", "gradient_checkpointing", "shard")  # on resume
-# Whole and on the host, on rank 0; not strict, since some weights may never get a gradient.
+# States are whole, and on the CPU of rank 0. Not strict: some weights may never get a gradient.
 STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 def checkpoints(folder):
     """Oldest first. Only a complete one ever has this name."""
-    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
+    return sorted(Path(folder).glob("checkpoint-??????"))
 
 def newest_checkpoint(config):
     """The one to resume, or None. Rank 0 looks: others may see a shared disk later."""
@@ -1671,7 +1735,6 @@ def check_output(settings):
     folder = Path(settings.output_dir)
     if RANK == 0 and settings.steps > 0:
         with explain(f"output folder {folder}", "choose another --output-dir"):
-            str(folder).encode()  # a name that is not UTF-8 breaks what others write into it
             if settings.resume and (folder / "config.json").exists():
                 check_same_settings(folder, settings)
             elif checkpoints(folder) or (folder / "config.json").exists():
@@ -1682,12 +1745,12 @@ def check_output(settings):
     barrier()
 
 def claim_output(settings, newest):
-    """Take the folder of a new run for this run alone, when it is ready to start."""
+    """Write config.json and an empty log, now that the run is ready; fails if another was first."""
     folder = Path(settings.output_dir)
     if RANK == 0 and settings.steps > 0:
         with explain(f"output folder {folder}", "choose another --output-dir"):
             if not (settings.resume and (folder / "config.json").exists()):
-                with (folder / "config.json").open("x") as file:  # fails if another was first
+                with (folder / "config.json").open("x") as file:  # "x": it must not exist
                     json.dump(to_save(settings), file, indent=1)
             if newest is None:
                 (folder / "metrics.jsonl").write_text("")
@@ -1696,7 +1759,7 @@ def claim_output(settings, newest):
     barrier()
 
 def to_save(settings):
-    """What config.json holds: not where it lies, as the folder may be moved."""
+    """The settings for config.json, without its own place: the folder may be moved."""
     record = dict(vars(settings))
     for name in ("config", "resume", "output_dir"):
         del record[name]
@@ -1712,12 +1775,13 @@ def check_same_settings(folder, settings):
 
 @contextlib.contextmanager
 def complete_folder(folder):
-    """It gets its name when all of it is on the disk: no kill leaves half of one."""
+    """Gives a temporary folder to fill, which gets the name `folder` when all of it is on the disk:
+    no kill leaves half of one."""
     temporary = folder.with_name(f"{folder.name}-{secrets.token_hex(2)}.partial")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        mode = temporary.stat().st_mode & 0o666  # safetensors makes files that others cannot read
+        mode = temporary.stat().st_mode & 0o666  # as readable as the folder: safetensors' are not
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(mode)
@@ -1731,13 +1795,11 @@ def complete_folder(folder):
 def files_to_export(source, policy):
     """The student's small files, for its checkpoints: what it says of itself stays as it was,
     readable for older versions of transformers too. {name: bytes}"""
-    # Its generation config goes along as a file: some cannot be saved by the transformers that
-    # has read them.
-    policy.model.generation_config = transformers.GenerationConfig()
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
+               ".onnx")
     files = {}
     for path in source.folder.iterdir():
-        if path.is_file() and not path.name.endswith((*weights, ".index.json")):
+        if path.is_file() and not path.name.endswith(weights):
             files[path.name] = path.read_bytes()
     with explain(f"student {source.folder}", "mend its generation_config.json"):
         generation = json.loads(files.get("generation_config.json", "{}"))
@@ -1746,17 +1808,17 @@ def files_to_export(source, policy):
     return files
 
 def save_checkpoint(run):
-    """Weights in float32 with both moments, 12 bytes a parameter, and the student's own files.
-    The order of prompts and all random numbers follow from the step."""
+    """The weights in float32 and AdamW's two moments, 12 bytes a parameter, and the student's own
+    files. The order of prompts and all random numbers follow from the step."""
     model = run.student.model
     folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
     weights = dcp.get_model_state_dict(model, options=STATE)  # collective: rank 0 gets it all
     moments = {}
-    if run.optimizer.state:  # else asking for it would make some, of a step that never was
+    if run.optimizer.state:  # before the first update there is none, and asking would make one
         moments = dcp.get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
     if RANK == 0 and not folder.exists():
-        once = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name in weights.keys() - once.keys():  # a tied head is the embedding
+        names = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name in weights.keys() - names.keys():  # a tied head, which is the embedding
             del weights[name]
         with explain(f"checkpoint {folder}",
                      "make room and --resume: the last complete one is intact"):
@@ -1766,12 +1828,12 @@ def save_checkpoint(run):
                     (temporary / name).write_bytes(content)
                 torch.save(moments, temporary / "optimizer.pt")  # .safetensors are for weights
             for old in checkpoints(folder.parent)[:-run.config.keep]:
-                gone = old.rename(f"{old}.partial")  # no kill leaves half of one with its name
+                gone = old.rename(f"{old}.partial")  # half deleted it must not look complete
                 shutil.rmtree(gone, ignore_errors=True)
     barrier()
 
 def resume(run, folder):
-    """Optimizer, step, and the log cut back to it; the weights are loaded already."""
+    """Restore step and optimizer, and cut the log back to the step; the weights are loaded."""
     run.step = int(folder.name[-6:])
     with explain(f"checkpoint {folder}", "remove this folder to continue the one before it"):
         moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
@@ -1779,8 +1841,9 @@ def resume(run, folder):
             dcp.set_optimizer_state_dict(run.trained, run.optimizer, moments, options=STATE)
     if RANK == 0:
         path = folder.with_name("metrics.jsonl")
-        with explain(str(path), "it must be the log of the run to continue"):
-            rows = [row for row in read_log(folder.parent) if row["step"] <= run.step]
+        with explain(path, "it must be the log of the run to continue"):
+            rows = read_log(folder.parent)
+            rows = [row for row in rows if row["step"] <= run.step]
             write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         for row in rows:
             if "loss" not in row:
@@ -1800,8 +1863,9 @@ def tiny_tokenizer():
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 def tiny_rows(rng, count, digits, mixture):
-    """The running sum mod 10 ("+") or maximum (",") of digits: a slip poisons what follows."""
-    domains = rng.choice(list(mixture), count, p=list(mixture.values()))
+    """The running sum mod 10 ("+") or maximum (",") of digits. A slip makes later digits wrong."""
+    shares = list(mixture.values())
+    domains = rng.choice(list(mixture), count, p=shares)
     for domain in domains.tolist():
         numbers = rng.integers(0, 10, digits)
         if domain == "+":
@@ -1809,7 +1873,8 @@ def tiny_rows(rng, count, digits, mixture):
         else:
             answer = np.maximum.accumulate(numbers)
         prompt = "".join(map(str, numbers)) + domain + "="
-        yield {"prompt": prompt, "answer": "".join(map(str, answer)), "domain": domain}
+        answer = "".join(map(str, answer))
+        yield {"prompt": prompt, "answer": answer, "domain": domain}
 
 def even_mixture(domains):
     """{domain: share}, all shares alike."""
@@ -1827,9 +1892,10 @@ def pretrain(name, tiny, seed):
         pad_token_id=tokenizer.pad_token_id, **tiny[kind]))
     optimizer = torch.optim.AdamW(
         model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
+    mixture = even_mixture(tiny["models"][name])
     smooth = None
     for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
-        rows = tiny_rows(rng, 128, tiny["digits"], even_mixture(tiny["models"][name]))
+        rows = tiny_rows(rng, 128, tiny["digits"], mixture)
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1844,7 +1910,7 @@ def pretrain(name, tiny, seed):
     print0(f"the tiny {name}: {model.num_parameters():,} parameters, loss {smooth:.3f} after "
            f"{step + 1} steps")
     if smooth >= target_loss:
-        print0(f"warning: it was to reach {target_loss}: it has not learned; try another seed")
+        print0(f"warning: it was to reach {target_loss}: it has not learned; try another --seed")
     return model
 
 def make_tiny(settings):
@@ -1870,17 +1936,17 @@ def write_tiny(folder, tiny, seed):
         tiny_tokenizer().save_pretrained(folder / name)
     rng = default_rng((seed, ORDER))
     mixture = tiny["mixture"]  # {domain: share}
-    for name, count in (("prompts", 4096), ("eval_prompts", 512)):
+    files = [("prompts", 4096, mixture), ("eval_prompts", 512, even_mixture(mixture))]
+    for name, count, shares in files:
         with open(folder / f"{name}.jsonl", "w") as file:
-            for row in tiny_rows(rng, count, tiny["digits"], mixture):
+            for row in tiny_rows(rng, count, tiny["digits"], shares):
                 row["teacher"] = tiny["graded_by"][row["domain"]]
                 file.write(json.dumps(row) + "\n")
-        mixture = even_mixture(mixture)
 
 # --- The command ---------------------------------------------------------------------------------
 
 def ask_to_stop(number, frame):
-    """The first signal: stop after this step. A second Ctrl-C: at once."""
+    """Stop after this step; a second Ctrl-C stops at once."""
     if STOP.is_set() and number == signal.SIGINT:
         raise KeyboardInterrupt
     STOP.set()
@@ -1889,7 +1955,7 @@ def ask_to_stop(number, frame):
 
 @contextlib.contextmanager
 def guest():
-    """What a run changes in its process is as before afterwards: it may be a notebook's."""
+    """Take signals over, and leave all as it was afterwards: the process may be a notebook's."""
     STOP.clear()
     handlers = {}
     if threading.current_thread() is threading.main_thread():
@@ -1901,7 +1967,7 @@ def guest():
                     handlers[number] = signal.signal(number, ask_to_stop)
     threads = torch.get_num_threads()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    # cuDNN's attention plans 23 to 37 ms for every new length: for every token.
+    # cuDNN's attention plans for 23 to 37 ms at every new length, and decoding has one per token.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
@@ -1919,7 +1985,8 @@ def start_ranks(config):
         backend = "gloo"
         if DEVICE == "cuda":
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
+        # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
     if not config.output_dir:
         # With some random letters: runs that are started together get a folder each.
         name = time.strftime("runs/%Y%m%d-%H%M%S-") + secrets.token_hex(2)
@@ -1947,14 +2014,13 @@ def main(argv=()):
         raise SystemExit(2)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-        host_group.cache_clear()
     if not finished:
         raise SystemExit(130)
 
 def run_as_script():
-    """The process ends as main does, on several ranks without waiting for those that still run."""
-    # guest() takes SIGTERM over during the run and then puts this back: launchers send it more
-    # than once, and the second must not change the status of a run that has stopped.
+    """Run main and exit with its status, of several ranks without waiting for the others."""
+    # Launchers send SIGTERM more than once, and one that comes after the run must not change its
+    # status. During the run, guest() handles it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()

@@ -266,14 +266,14 @@ def random_responses(seed):
     ([5, 5, 5, 5, 5], 5),  # it was cut off
 ])
 def test_the_response_mask_ends_with_the_first_end_of_sequence(tokens, length):
-    mask = f.response_mask(torch.tensor([tokens]), {2, 3})
+    mask = f.mask_responses(torch.tensor([tokens]), {2, 3})
     expected = torch.arange(5) < length
     assert torch.equal(mask, expected[None])
 
 
 def test_without_an_end_of_sequence_every_token_is_response():
     tokens = torch.tensor([[1, 2, 3]])
-    assert f.response_mask(tokens, set()).all()
+    assert f.mask_responses(tokens, set()).all()
 
 
 def test_the_score_is_the_mean_teacher_log_prob_of_the_response():
@@ -1008,7 +1008,7 @@ def test_a_cache_with_room_draws_the_same_tokens_as_transformers_own(
     ours, our_log_probs, _ = run.student.sample(ids_of(run, 6), uniforms)
     monkeypatch.setattr(f, "RolloutCache", CacheWithoutRoom)
     theirs, their_log_probs, _ = run.student.sample(ids_of(run, 6), uniforms)
-    valid = f.response_mask(ours, run.student.eos_ids)
+    valid = f.mask_responses(ours, run.student.eos_ids)
     assert valid.sum() > 20
     assert torch.equal(ours[valid], theirs[valid])
     assert torch.allclose(our_log_probs[valid], their_log_probs[valid], atol=1e-5)
@@ -2146,12 +2146,12 @@ def test_a_rollout_on_the_screen_is_two_lines_and_moves_no_cursor():
     assert "'\\r\\u202e\\r\\u202e\\r\\u202e'" in text
 
 
-def test_the_least_likely_tokens_come_in_the_order_of_the_response():
+def test_the_least_likely_token_comes_first():
     run, graded = three_rollouts(f.tiny_tokenizer())
     log_probs = [-99.0, -3, -0.1, -7]  # the first stands where the prompt is
     graded.teacher_log_probs[0] = torch.tensor(log_probs)
     text = f.least_likely(run, graded, 0)
-    assert text.endswith(": '1' -3.00, '2' -0.10, '<eos>' -7.00")
+    assert text.endswith(": '<eos>' -7.00, '1' -3.00, '2' -0.10")
 
 
 def long_rollouts(prompts, length):
@@ -2233,7 +2233,7 @@ def test_the_report_holds_the_numbers_of_the_log(pair, tmp_path, capsys):
         assert f"the lowest that was kept is {row['filter_threshold']:.3f}" in text
     assert text.count("DROPPED, score") == 4  # two of each step
     assert text.count("kept, score") == 4
-    assert "The run, its defaults left out: python fire_opd.py --filter-percentile=40.0" in text
+    assert "The run, without defaults: python fire_opd.py --filter-percentile=40.0" in text
 
 
 def test_a_chart_shows_each_value_in_its_place():
@@ -2434,14 +2434,12 @@ def test_main_reads_no_command_line_but_its_own(monkeypatch, capsys):
     ({"alpha": None}, "alpha must be a string or a number, got None"),
     ({"output_dir": None}, "must be a string or a number, got None"),
     ({"student": {"path": "s"}}, "student must be a string or a number"),
-    ({"teacher": [["t"]]}, "teacher must be a string or a number"),
     ({"alpha": [1]}, "alpha"),
     ({"alpha": [1, 2]}, "alpha"),
     ({"alpha": []}, "alpha"),
     ({"alpha": math.nan}, "alpha must be in"),
     ({"loss_agg": "sum"}, "seq-mean"),
     ({"help": True}, "help"),
-    ({"tiny": 3}, "tiny must be an object"),
     ({"": True}, "settings"),
     ([1], "object"),
     (3, "object"),
@@ -2617,10 +2615,8 @@ def test_the_assistants_last_message_is_dropped(read):
     assert texts == ["4,=", "4,5,6,=", "4,5,6,="]
 
 
-@pytest.mark.parametrize("content", [
-    [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}],
-    {"type": "text", "text": "42"}], ids=["a list", "one"])
-def test_the_text_parts_of_a_message_are_joined(read, content):
+def test_the_text_parts_of_a_message_are_joined(read):
+    content = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
     [prompt] = read([{"prompt": [user(content)]}], chat_tokenizer())
     assert rendered(prompt) == "42,="
 
@@ -2697,7 +2693,7 @@ def test_longer_prompts_are_dropped_and_counted(read, capsys):
     assert len(read(rows, max_prompt_tokens=4)) == 2
     out = capsys.readouterr().out
     assert "2 prompts of at most 4 tokens" in out
-    assert "longer prompts, which are dropped: 2" in out
+    assert ": 2 longer prompts are dropped" in out
     with pytest.raises(f.UserError, match="of 4 prompts 0 have at most .*-tokens 2; raise it"):
         read(rows, max_prompt_tokens=2)
 
@@ -2734,7 +2730,7 @@ def test_a_tokenizer_may_change_case_and_spaces_but_lose_nothing(prompt, decoded
 def test_a_token_that_a_model_does_not_know_is_refused(tmp_path):
     path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "12"}, {"prompt": "17"}])
     known = set(range(7))
-    with pytest.raises(f.UserError, match=r"line 2: its tokens \['7'\] are unknown to a model"):
+    with pytest.raises(f.UserError, match=r"line 2: its tokens \['7'\] are not known to all"):
         f.load_prompts(path, f.tiny_tokenizer(), f.Config(), known, ["teacher"])
 
 
@@ -2829,7 +2825,7 @@ def test_a_tokenizer_may_be_longer_than_the_embedding(pair, tmp_path, a_copy, ca
     out = capsys.readouterr().out
     assert "vocabulary: 16 ids are sampled and graded" in out
     assert "1 ids of the student are left out" in out
-    assert run.student.no_tokens.shape == (20,)
+    assert run.student.vocabulary_bias.shape == (20,)
 
 
 def test_an_id_that_is_not_shared_is_never_sampled_nor_graded(pair, tmp_path):
@@ -3155,7 +3151,7 @@ def test_what_text_does_not_use_is_neither_trained_nor_lost(pair, tmp_path):
 def test_a_model_without_an_inner_model_is_refused(pair, tmp_path, monkeypatch):
     """Its logits of all tokens would be made at once."""
     monkeypatch.setattr(Qwen3ForCausalLM, "base_model_prefix", "nothing")
-    with pytest.raises(f.UserError, match="Qwen3ForCausalLM has no inner model: not supported"):
+    with pytest.raises(f.UserError, match="self-test of student"):
         loaded(pair, tmp_path / "out")
 
 
@@ -3511,10 +3507,10 @@ def test_a_prompt_beyond_the_teachers_vocabulary_is_refused(pair, tmp_path, capf
     edit(student / "tokenizer.json", '"<unk>": 15', '"<unk>": 15, "Q": 16')
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "1Q"}])
     argv = flags(pair, tmp_path / "out", student=student, prompts=prompts)
-    assert "line 1: its tokens ['Q'] are unknown to a model" in refusal(argv, capfd)
+    assert "line 1: its tokens ['Q'] are not known to all models" in refusal(argv, capfd)
 
 
-@pytest.mark.parametrize("name", ["a file", "a file/below", "not UTF-8 \udcff", "/proc/nowhere"])
+@pytest.mark.parametrize("name", ["a file", "a file/below", "/proc/nowhere"])
 def test_a_bad_output_folder_is_refused(pair, tmp_path, capfd, name):
     (tmp_path / "a file").write_text("x")
     error = refusal(flags(pair, tmp_path / name), capfd)
@@ -4643,10 +4639,10 @@ def test_on_a_gpu_a_captured_graph_draws_the_tokens_of_eager_decoding(
     captured = run.student.sample(prompts, uniforms)
     assert len(graphs) > 1
     count = len(graphs)
-    run.student.capture = False
+    run.student.use_cuda_graph = False
     eager = run.student.sample(prompts, uniforms)
     assert len(graphs) == count
-    response = f.response_mask(eager[0], run.student.eos_ids)
+    response = f.mask_responses(eager[0], run.student.eos_ids)
     assert len(response.sum(1).unique()) > 3  # rows of many lengths
     assert torch.equal(captured[0][response], eager[0][response])
     for ours, theirs in zip(captured[1:], eager[1:]):  # log pi and H
