@@ -12,7 +12,7 @@ H: entropy of the next token):
   4. token_weights: w_t = (1 + alpha (1 - H_T,t / max H_T)) (1 + beta H_S,t / max H_S), divided by
      its mean; maximum and mean are those of the trajectory
   5. policy_loss: the policy gradient of w_t A_t, with A_t = log pi_T(y_t) - log pi_S(y_t)
-  6. update: steps 5 and one of AdamW, from the kept tokens of all micro-batches and ranks
+  6. update: the gradient of all micro-batches and ranks, and one step of AdamW
 
 `train_step` puts these together and `train` is the loop around it. There the method ends, and a
 line says so. What follows serves it: fast decoding, flags, metrics, prompts, models, files.
@@ -194,24 +194,31 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     confusion = relative(student_entropy)  # [B, T]
     weights = (1 + alpha * confidence) * (1 + beta * confusion)
     weights = weights.masked_fill(~mask, 0)
-    # With mean 1 the update is as large as in plain distillation.
+    # Mean 1, so that the update is about as large as in plain distillation.
     total = weights.sum(dims, keepdim=True).clamp(min=1e-12)  # a row without tokens: 0 / 0
     return weights * mask.sum(dims, keepdim=True) / total
+
+def token_advantages(teacher_log_probs, student_log_probs):
+    """A_t = log pi_T(y_t) - log pi_S(y_t), all [B, T]: how much the teacher prefers the token.
+
+    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. For
+    another divergence E_S[f(u)], with u = pi_T / pi_S, it is u f'(u) - f(u), up to a constant.
+    """
+    return teacher_log_probs - student_log_probs
 
 def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens,
                 clip_ratio=0.2):
     """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar
 
-    A_t = log pi_T(y_t) - log pi_S_old(y_t), without gradient. Its mean over samples estimates
-    -KL(pi_S || pi_T), and this is called the k1 estimate. r_t = pi_S / pi_S_old. `update` gives
+    A_t is that of old_log_probs, without gradient, and r_t = pi_S / pi_S_old. `update` gives
     log_probs.detach() as old_log_probs, so r_t is 1 in value and has the gradient of log pi_S:
     plain REINFORCE. The clip acts only where one rollout serves several updates.
-    All tensors [B, T]. num_tokens: the kept tokens of the whole step, or for the mean over
-    rollouts their number. Gradients of micro-batches ADD: divided by its own count, a short
-    micro-batch would weigh more.
+    All tensors [B, T]. num_tokens: the kept tokens of the whole step. For the mean over rollouts
+    it is their number, and weights are already divided by the length of their response.
+    Gradients of micro-batches ADD: divided by its own count, a short one would weigh more.
     """
     outside = ~mask.bool()
-    advantages = teacher_log_probs - old_log_probs  # [B, T]
+    advantages = token_advantages(teacher_log_probs, old_log_probs)  # [B, T]
     weighted = (weights * advantages).detach().masked_fill(outside, 0)
     log_ratio = log_probs - old_log_probs.detach()
     ratio = log_ratio.masked_fill(outside, 0).exp()  # else infinities there make the gradient NaN
@@ -460,7 +467,7 @@ class Prompt:
 class Rollouts:
     """The trajectories of one step, as tables on the CPU that are the same on every rank. A row is
     prompt and response, padded on the right to L. In every table column t belongs to ids[:, t],
-    with no shift by one, and what is no response is 0 (but for ids)."""
+    with no shift by one, and all but ids are 0 outside of the response."""
     prompts: list  # B prompts
     lengths: list  # B numbers of tokens, prompt and response
     ids: Tensor  # [B, L]
@@ -1767,9 +1774,9 @@ def to_save(settings):
 
 def check_same_settings(folder, settings):
     """A resumed run goes on with its own settings."""
-    before = json.loads((folder / "config.json").read_text())
-    for name, value in to_save(settings).items():
-        if name not in MAY_CHANGE and before.get(name, value) != value:
+    before = vars(Config()) | json.loads((folder / "config.json").read_text())
+    for name, value in to_save(settings).items():  # one that is newer than the run: its default
+        if name not in MAY_CHANGE and before[name] != value:
             raise ValueError(f"{name} was {before[name]!r}, is {value!r}; only "
                              f"{', '.join(MAY_CHANGE)} may change")
 

@@ -341,7 +341,7 @@ def test_the_filter_keeps_ties_and_never_what_has_no_score(scores, percentile, e
     assert f.filter_trajectories(torch.tensor(scores), percentile).tolist() == expected
 
 
-@pytest.mark.parametrize("percentile", [5, 7, 20, 35, 70])
+@pytest.mark.parametrize("percentile", [5, 7, 14, 20, 28, 35, 55, 56, 68, 70])
 def test_a_score_that_is_the_quantile_is_kept(percentile):
     """Where the quantile is a score, no rounding of the interpolation may lift it above that."""
     cases = 0
@@ -1403,7 +1403,7 @@ def naive_step(run, rollouts):
     {"temperature": 0.6, "alpha": 2.0, "beta": 0.3, "filter_percentile": 50.0},
     {"loss_agg": "seq-mean", "filter_percentile": 0.0},
     {"loss_agg": "seq-mean", "micro_batch_tokens": 40},
-])
+], ids=str)
 def test_a_whole_step_agrees_with_a_naive_float64_reference(pair, tmp_path, settings):
     run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9, **settings)
     graded, _, gradients = noted_step(run)
@@ -1560,9 +1560,9 @@ def test_the_old_policy_is_this_very_pass(pair, tmp_path, monkeypatch):
     policy_loss = f.policy_loss
     seen = []
 
-    def noted(log_probs, old_log_probs, *rest):
+    def noted(log_probs, old_log_probs, *rest, **options):
         seen.append((log_probs, old_log_probs))
-        return policy_loss(log_probs, old_log_probs, *rest)
+        return policy_loss(log_probs, old_log_probs, *rest, **options)
 
     monkeypatch.setattr(f, "policy_loss", noted)
     f.train_step(run)
@@ -4002,6 +4002,16 @@ def test_a_damaged_checkpoint_is_one_line(pair, busy_whole, out, capsys, name, d
     assert_same_run(busy_whole, out)
 
 
+def test_a_setting_that_is_newer_than_the_run_had_its_default(pair, whole, out, capsys):
+    shutil.copytree(whole, out)
+    settings = read_json(out / "config.json")
+    del settings["token_weights"]
+    (out / "config.json").write_text(json.dumps(settings))
+    assert status_of(pair, out, steps=4, resume=True, token_weights="hard") == 2
+    assert "token_weights was 'soft', is 'hard'" in only_error(capsys)
+    train(pair, out, steps=4, resume=True)
+
+
 @pytest.mark.parametrize("name,value", [
     ("lr", 0.5),
     ("batch_size", 12),
@@ -4548,7 +4558,7 @@ def test_the_exercises_test_themselves(monkeypatch):
     tried = 0
     for block in blocks_of("python"):
         if "import torch, fire_opd" in block:
-            for name in ("token_weights", "trajectory_scores", "policy_loss"):
+            for name in ("token_weights", "trajectory_scores", "token_advantages"):
                 monkeypatch.setattr(f, name, getattr(f, name))  # put back afterwards
             exec(block, {})
             tried += 1
