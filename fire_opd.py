@@ -2,8 +2,8 @@
 
 The student writes responses, the teacher grades each of their tokens, and the student is moved
 towards the teacher. FiRe-OPD adds two steps. Filter drops the trajectories that the teacher finds
-least likely. Reweight gives those tokens of the others more weight where the teacher is sure and
-the student is not. One step, with the function that does it (pi_S: student, pi_T: teacher,
+least likely. Reweight then gives more weight to the remaining tokens on which the teacher is sure
+and the student is not. One step, with the function that does it (pi_S: student, pi_T: teacher,
 H: entropy of the next token):
 
   1. rollout: responses y ~ pi_S(.|x) = softmax(logits / temperature), and H_S,t of each token
@@ -142,7 +142,7 @@ def trajectory_scores(teacher_log_probs, response_mask):
     """s = mean_t log pi_T(y_t): how likely the teacher finds each trajectory, in nats per token.
 
     teacher_log_probs, response_mask [B, T] -> scores [B]. A row without a response scores minus
-    infinity: the 0 of an empty mean would be the best score there is.
+    infinity, so that it is never kept. As 0, an empty sum, it would have the best score there is.
     """
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
@@ -195,14 +195,14 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     weights = (1 + alpha * confidence) * (1 + beta * confusion)
     weights = weights.masked_fill(~mask, 0)
     # Mean 1, so that the update is about as large as in plain distillation.
-    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)  # a row without tokens: 0 / 0
+    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)  # else 0 / 0 in an empty row
     return weights * mask.sum(dims, keepdim=True) / total
 
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), all [B, T]: how much the teacher prefers the token.
 
-    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. For
-    another divergence E_S[f(u)], with u = pi_T / pi_S, it is u f'(u) - f(u), up to a constant.
+    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. To
+    minimize another divergence E_S[f(u)], u = pi_T / pi_S, take A_t = u f'(u) - f(u) + constant.
     """
     return teacher_log_probs - student_log_probs
 
@@ -213,9 +213,10 @@ def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_
     A_t is that of old_log_probs, without gradient, and r_t = pi_S / pi_S_old. `update` gives
     log_probs.detach() as old_log_probs, so r_t is 1 in value and has the gradient of log pi_S:
     plain REINFORCE. The clip acts only where one rollout serves several updates.
-    All tensors [B, T]. num_tokens: the kept tokens of the whole step. For the mean over rollouts
-    it is their number, and weights are already divided by the length of their response.
-    Gradients of micro-batches ADD: divided by its own count, a short one would weigh more.
+    All tensors [B, T]. num_tokens: how many tokens the whole step keeps. With seq-mean it is the
+    number of kept rollouts, and the weights come divided by the length of their response.
+    Gradients of micro-batches ADD: divided by their own count, the tokens of a short one would
+    weigh more.
     """
     outside = ~mask.bool()
     advantages = token_advantages(teacher_log_probs, old_log_probs)  # [B, T]
@@ -247,8 +248,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
                                 bias=None, with_entropy=True, chunk_function=chunk_log_probs):
     """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), by chunks.
 
-    hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N] (differentiable)
-    and entropy [N] (not; zeros if not wanted), in nats. With 152 k entries the logits of 8,192
+    hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
+    and entropy [N], which is not (and 0 if not wanted), in nats. With V = 152 k the logits of 8,192
     tokens take 5 GB, and their gradient several times that. So only one chunk has logits at a
     time, and the backward pass computes them again. Each chunk also adds a whole [V, D] to the
     gradient of W. A chunk of far fewer than D tokens would spend its time on that: the default is
@@ -273,8 +274,8 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. As u comes from
-    outside, there is no generator whose state must be saved or shared. The sum is in float64,
-    since in float32 it ends short of 1 over 152 k entries, and u is scaled by its end.
+    outside, there is no generator whose state must be saved or shared. The cumulative sum is in
+    float64, because in float32 it misses 1 over 152 k tokens; u is scaled by its last entry.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -285,7 +286,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     entropy = -(probs * probs.log()).nansum(1)
     return tokens[:, 0], log_probs, entropy
 
-# What random numbers are for, as part of their key. Other numbers would make other runs.
+# What random numbers are for, as part of their key. To change these would change all runs.
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
@@ -301,7 +302,7 @@ def stateless_uniforms(key, rows, width):
 # Two controls that the method has to beat: a random filter, and weights that are hard.
 
 def random_scores(scores, noise):
-    """Scores by which as many rows are dropped, but at random. scores, noise [B] -> [B]"""
+    """Noise in the place of scores: the filter then drops at random. scores, noise [B] -> [B]"""
     return noise.masked_fill(~scores.isfinite(), math.nan)
 
 def hard_weights(weights, response_mask):
@@ -360,10 +361,9 @@ class Policy(nn.Module):
         self.eos_ids = eos_ids
         self.temperature = config.temperature
         self.autocast_to_bf16 = compute_dtype(config) == torch.bfloat16
-        # Decoding by a CUDA graph. Under FSDP it would hold its gathers, which was not tried.
-        self.use_cuda_graph = DEVICE == "cuda" and not is_sharded(config)
-        # The head may have more rows than there are tokens, and unused ids. A bias of minus
-        # infinity excludes them. Cut off, they would leave an odd size, with which GPUs are slow.
+        self.use_cuda_graph = False  # in decoding; `make_policy` may turn it on
+        # The head may have rows that are no token, or one that another model lacks. A bias of
+        # minus infinity excludes them. Cutting them off would leave an odd width, slow on a GPU.
         head = model.get_output_embeddings().weight  # [V, D]
         vocabulary_bias = torch.full(head.shape[:1], -torch.inf, device=head.device)
         vocabulary_bias[sorted(vocabulary)] = 0
@@ -394,11 +394,12 @@ class Policy(nn.Module):
             if getattr(head, "bias", None) is not None:
                 bias = bias + head.bias
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP's may be bf16: the chunks' gradients add in float32
+                weight = upcast(weight)  # bf16 in FSDP; the chunks' gradients add up in float32
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
                 hidden, weight, ids[mask], self.temperature, bias=bias,
                 with_entropy=wants_entropy, chunk_function=self.chunk_function)
-        zeros = log_probs.new_zeros(ids.shape)  # the n tokens go back to where the mask took them
+        # Put the n values back where the mask took them from.
+        zeros = log_probs.new_zeros(ids.shape)
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
@@ -412,11 +413,11 @@ class Policy(nn.Module):
         entropy = torch.zeros_like(log_probs)
         ids, attention = left_padded(prompts)  # [b, width]; later ids is the last token, [n, 1]
         width = ids.shape[1]
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # as ids; padding is not counted
-        rows = torch.arange(b, device=DEVICE)  # [n], those that are still being written
+        positions = (attention.cumsum(1) - 1).clamp(min=0)  # like ids; padding is not counted
+        rows = torch.arange(b, device=DEVICE)  # [n], those still being written; n = b at first
         cache = RolloutCache(self.model, position=torch.tensor([width - 1], device=DEVICE))
-        # `step` changes these tensors in place, as a CUDA graph must. Every `segment` tokens they
-        # are made anew, without the rows that have ended.
+        # `step` changes ids, positions, attention and cache in place, as a CUDA graph must. Every
+        # `segment` tokens they are made anew, without the rows that have ended.
 
         def draw(visible):
             """Feed in ids and draw token t of each row. visible: the attention mask. -> [n, 1]"""
@@ -490,7 +491,7 @@ class Graded:
     teacher_entropy: Tensor  # [B, L] H_T,t
     scores: Tensor  # [B]
     keep: Tensor  # [B] bool
-    weights: Tensor  # [B, L], zero in dropped rows; None in an evaluation
+    weights: Tensor | None  # [B, L], zero in dropped rows; None in an evaluation
 
 @dataclass
 class Run:
@@ -550,7 +551,7 @@ def step_prompts(run):
     chosen = []
     for k in range(run.step * count, (run.step + 1) * count):  # k counts from the run's start
         epoch, place = divmod(k, n)
-        if place == 0 or not chosen:
+        if place == 0 or not chosen:  # a new epoch, or the first prompt of this step
             order = default_rng((config.seed, ORDER, epoch)).permutation(n)
         chosen += [run.prompts[order[place]]] * config.rollouts_per_prompt
     return chosen
@@ -581,7 +582,7 @@ def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
     positions = torch.arange(int(ends.max()))  # [L]
     mask = (starts <= positions) & (positions < ends)  # [B, L]
 
-    def behind_prompts(table):  # row by row, as many are valid as there are places in mask
+    def behind_prompts(table):  # each row of mask has as many places as that of valid has tokens
         return table.new_zeros(mask.shape).masked_scatter(mask, table[valid])
 
     ids = behind_prompts(tokens)
@@ -598,7 +599,7 @@ def micro_batches(rows, lengths, budget):
     ranks get as many lists, some of which may be empty: a rank that has nothing left must still
     take part in every collective.
     """
-    share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, so that every rank gets some
+    share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, or one rank might get them all
     batches = []
     room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
@@ -622,15 +623,15 @@ def score(run, rollouts):
             ids = rollouts.select(rollouts.ids, micro)  # [b, l]
             mask = rollouts.select(rollouts.mask, micro)
             both = torch.stack(teacher(ids, mask))  # [2, b, l]
-            tables[:, micro, :ids.shape[1]] = both.cpu()  # nothing, if micro is []
+            tables[:, micro, :ids.shape[1]] = both.cpu()  # an empty micro selects no row
     return sum_over_ranks(tables)
 
 def update(run, rollouts, teacher_log_probs, keep, weights):
     """Steps 5 and 6. Only kept trajectories go through the student.
 
-    Their gradients add, over micro-batches that fit into memory and over ranks. All are divided by
-    one number, which is counted over the whole step before: so it does not matter how the step is
-    cut. keep [B], tables [B, L] -> metrics
+    Gradients add up over micro-batches, which fit into memory, and over ranks. Each is divided by
+    the same number, counted over the whole step beforehand, so the result does not depend on how
+    the step is cut. keep [B], tables [B, L] -> metrics
     """
     config = run.config
     rows = keep.nonzero()[:, 0].tolist()
@@ -647,7 +648,7 @@ def update(run, rollouts, teacher_log_probs, keep, weights):
         mask = rollouts.select(rollouts.mask, micro)
         teacher = rollouts.select(teacher_log_probs, micro)
         weight = rollouts.select(weights, micro)
-        if in_ddp:  # it exchanges gradients in the last backward only; to be set before a forward
+        if in_ddp:  # exchange gradients in the last backward only; DDP reads this in its forward
             run.trained.require_backward_grad_sync = micro is micros[-1]
         log_probs, _ = run.trained(ids, mask)  # [b, l]
         # The ratio's old policy is this very pass, not the sampler: the two round differently,
@@ -665,6 +666,23 @@ def update(run, rollouts, teacher_log_probs, keep, weights):
         loss = math.nan
     run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's gradients lie in its buckets: zeroed
     return {"loss": loss, "grad_norm": norm, "skipped_updates": skipped}
+
+def clip_gradient(run):
+    """Scale the gradient down to --max-grad-norm, over all its shards. -> the norm it had"""
+    norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of a sharded student
+        norm = norm.full_tensor()
+    return norm.item()
+
+def prepare_training(student, config):
+    """-> the student as the update sees it, and its optimizer"""
+    trained = student
+    if WORLD_SIZE > 1 and not is_sharded(config):
+        trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
+    return trained, optimizer
 
 # --- The run -------------------------------------------------------------------------------------
 
@@ -695,7 +713,7 @@ def stop_asked():
     return any_rank(STOP.is_set())
 
 def evaluate_if_due(run):
-    """Before the run, every --eval-every steps, and after it; none twice, and none in a stop."""
+    """Before the run, every --eval-every steps, and after it; once a step, not when stopping."""
     if run.step == 0 or due(run, run.config.eval_every):
         if run.evaluated != run.step and not stop_asked():
             evaluate(run)
@@ -705,9 +723,9 @@ def evaluate_if_due(run):
 # --- Fast decoding: a cache with room, and CUDA graphs ------------------------------------------
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values with room for the tokens to come, which are written into it. Without it all
-    would be copied for every token. Both are of the values' type: under autocast rotary
-    embeddings leave the keys in float32."""
+    """Keys and values with free slots, into which the coming tokens are written: appending would
+    copy all of them for every token. Keys take the values' dtype, as under autocast rotary
+    embeddings leave them in float32."""
 
     def __init__(self, position):
         super().__init__()
@@ -739,8 +757,9 @@ class RolloutCache(transformers.DynamicCache):
         self.position = position  # [1], the slot of the token that is fed in
         config = model.config.get_text_config()
         rope = rope_parameters(config)
-        # Dynamic positions ask the GPU for the length, which a CUDA graph cannot record.
-        rotary = len(rope) > 0 and rope.get("rope_type") != "dynamic"
+        # These ask the GPU for the length, which a CUDA graph cannot record.
+        asks_for_length = rope.get("rope_type") in ("dynamic", "longrope")
+        rotary = len(rope) > 0 and not asks_for_length
         alibi = getattr(config, "alibi", False)
         torch_attention = model.config._attn_implementation == "sdpa"
         plain = all(type(layer) is DynamicLayer for layer in self.layers)
@@ -749,7 +768,7 @@ class RolloutCache(transformers.DynamicCache):
             self.layers = [RoomyLayer(position) for _ in self.layers]
 
     def make_room(self, attention, going, used, room):
-        """Keep these rows alone, their `used` slots and room for more. -> attention"""
+        """Keep only the rows `going`, their `used` slots, and add room for more. -> attention"""
         if self.roomy:
             while (used + room) % 8:  # attention kernels want widths of 8
                 room += 1
@@ -774,7 +793,8 @@ def repeat(step, times, capture):
     step()  # which also warms up what must not be recorded
     if capture and times > 2:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread goes on
+        # thread_local: CUDA calls of other threads, such as NCCL's, do not break the recording.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             step()  # recorded, and not run
         step = graph.replay
     for _ in range(times - 1):
@@ -855,7 +875,7 @@ def as_flags(settings):
 def parse_config(argv=()):
     """Defaults, then the JSON file, then the command line. No models given: tiny_config.json."""
     parser = make_parser()
-    config = parser.parse_args(argv, Config())  # argparse fills it in; once to find --config
+    config = parser.parse_args(argv, Config())  # a first time, to find --config
     path = config.config
     if not path and not config.teacher and not config.student and not config.prompts:
         path = str(Path(__file__).with_name("tiny_config.json"))
@@ -904,7 +924,8 @@ def check(config):
 # --- Metrics and evaluation ----------------------------------------------------------------------
 
 class Stopwatch:
-    """The seconds of a step's phases. Each ends with a result on the CPU, so a GPU is done."""
+    """The seconds of a step's phases. Each ends when a result is on the CPU, so a GPU has done its
+    work, but for AdamW's step, which counts in the next."""
 
     def __init__(self):
         self.seconds = {}
@@ -939,7 +960,7 @@ def final_answer(text):
 
 def normalized(text):
     """An answer without what does not matter: spaces, $, %, \\text, \\left, thousands separators,
-    zeros at its end, and with one way to write minus, fractions and 0.5."""
+    trailing zeros of decimals, and with one way to write minus, fractions and 0.5."""
     text = text.replace("\u2212", "-")
     text = re.sub("[dt]frac", "frac", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
@@ -1081,7 +1102,7 @@ def read_log(folder):
     return rows
 
 def report_step(run, graded, metrics):
-    """A step in the log, for the report, and on the screen: rollouts of the first and the last."""
+    """Log a step, print it, and save rollouts for the report; print some of the first and last."""
     log(run, metrics)
     print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
            f"length {metrics['response_length']:.0f}, "
@@ -1424,7 +1445,7 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
     if len(kept) < len(prompts):
         print0(f"warning: {path}: {len(prompts) - len(kept)} longer prompts are dropped")
     if lost:
-        print0(f"warning: {path}: lines not all of whose text is in their tokens: {lost}")
+        print0(f"warning: {path}: lines that lose some of their text as tokens: {lost}")
     if unread:
         print0(f"warning: {path}: columns that are not read: {sorted(unread)}")
     return kept
@@ -1541,8 +1562,8 @@ def end_ids(model, tokenizer, config):
     return ids - {None}
 
 def load_model(source, dtype):
-    """A causal LM on the CPU: complete, frozen, without dropout. The policy that is trained must
-    be the one that wrote."""
+    """A causal LM on the CPU: complete, frozen, in eval mode. With dropout, the policy that is
+    trained would be another than the one that wrote the rollouts."""
     model, info = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=dtype, use_safetensors=True, local_files_only=True,
         trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
@@ -1550,11 +1571,13 @@ def load_model(source, dtype):
     if broken:
         raise ValueError(f"{len(broken)} weights are missing or of another shape, such as "
                          f"{sorted(map(str, broken))[0]}")
+    if model.base_model is model:
+        raise ValueError(f"{type(model).__name__} has no inner model: not supported")
     return model.requires_grad_(False).eval()
 
 def load_policy(source, config, vocabulary):
     """The student or a teacher, on its device. -> Policy"""
-    # One rank of a node after the other, so that its memory holds a large model only once.
+    # The ranks of a node take turns, so that its memory never holds a large model twice.
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))):
         if turn == LOCAL_RANK:
             policy = make_policy(source, config, vocabulary)
@@ -1577,11 +1600,13 @@ def make_policy(source, config, vocabulary):
         if is_student and not ends <= vocabulary:
             raise ValueError(f"its end of sequence {sorted(ends)} is not in the vocabulary that it "
                              "shares with its teachers")
-        # Checkpoints take its own generation_config.json along: some are read, but cannot be saved.
+        # Some can be read, but not saved: checkpoints take the file itself along instead.
         model.generation_config = transformers.GenerationConfig()
         policy = Policy(model, ends, vocabulary, config)
     if is_student:
         prepare_student(model, config)
+        # A graph with FSDP's gathers is untested; teachers do not write, but for the self-test.
+        policy.use_cuda_graph = DEVICE == "cuda" and not is_sharded(config)
     if is_sharded(config):
         apply_fsdp(policy, is_student)
     return policy.to(DEVICE)
@@ -1620,8 +1645,8 @@ def recomputed(forward, *args, **kwargs):
 
 def apply_fsdp(policy, is_student):
     """FSDP2. A teacher's block is gathered when it runs. The student is gathered at its first
-    sampled token and stays whole until the backward pass: gathering it for every token would cost
-    more than its memory."""
+    sampled token and stays whole until a backward pass: that takes memory, but to gather it for
+    every token would take far too long."""
     precision = MixedPrecisionPolicy()
     if is_student and policy.autocast_to_bf16:  # inputs stay: uniforms in bf16 could become 1
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -1658,28 +1683,11 @@ def load(settings):
     for source in teachers:
         run.teachers[source.name] = load_policy(source, config, vocabulary)
         if run.teachers[source.name].eos_ids != policy.eos_ids:
-            print0(f"warning: {source.name} has another end of sequence than the student, with "
-                   "which rollouts end: their length may drift")
+            print0(f"warning: {source.name} and the student differ in their end of sequence; "
+                   "rollouts end with the student's, so their length may drift")
     self_test(run)  # after the optimizer is restored: a forward leaves a sharded student whole
     claim_output(settings, newest)
     return run
-
-def prepare_training(student, config):
-    """-> the student as the update sees it, and its optimizer"""
-    trained = student
-    if WORLD_SIZE > 1 and not is_sharded(config):
-        trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
-    return trained, optimizer
-
-def clip_gradient(run):
-    """Scale the gradient down to --max-grad-norm, over all its shards. -> the norm it had"""
-    norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # of a sharded student
-        norm = norm.full_tensor()
-    return norm.item()
 
 def warm_up_ddp(run):
     """Two backward passes of zeros. DDP lays out its buckets in its first two, and rounds
@@ -1693,9 +1701,9 @@ def warm_up_ddp(run):
 
 @torch.no_grad()
 def self_test(run):
-    """Scoring (our head, no cache, padding on the right) must find the log-probs of sampling
-    (transformers' own forward, with a cache and padding on the left). It does not with a model
-    that scales its logits, or is given wrong positions or a wrong mask."""
+    """Scoring (our head, no cache, padding on the right) must give the log-probs of sampling
+    (transformers' own forward, with a cache and padding on the left). They differ if a model
+    scales its logits, or if positions or mask are wrong."""
     config = run.config
     if config.compile:
         print0("compiling scoring and update: a minute, once")
@@ -1774,8 +1782,9 @@ def to_save(settings):
 
 def check_same_settings(folder, settings):
     """A resumed run goes on with its own settings."""
+    # A setting that did not exist when the run was started had its default.
     before = vars(Config()) | json.loads((folder / "config.json").read_text())
-    for name, value in to_save(settings).items():  # one that is newer than the run: its default
+    for name, value in to_save(settings).items():
         if name not in MAY_CHANGE and before[name] != value:
             raise ValueError(f"{name} was {before[name]!r}, is {value!r}; only "
                              f"{', '.join(MAY_CHANGE)} may change")
@@ -1800,8 +1809,8 @@ def complete_folder(folder):
         raise
 
 def files_to_export(source, policy):
-    """The student's small files, for its checkpoints: what it says of itself stays as it was,
-    readable for older versions of transformers too. {name: bytes}"""
+    """The student's small files, for its checkpoints: as they are, so that older versions of
+    transformers read them too, but for eos_token_id. {name: bytes}"""
     weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
                ".onnx")
     files = {}
@@ -1840,7 +1849,7 @@ def save_checkpoint(run):
     barrier()
 
 def resume(run, folder):
-    """Restore step and optimizer, and cut the log back to the step; the weights are loaded."""
+    """Restore step and optimizer, and cut the log back; `load` has read the weights."""
     run.step = int(folder.name[-6:])
     with explain(f"checkpoint {folder}", "remove this folder to continue the one before it"):
         moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
@@ -1974,7 +1983,7 @@ def guest():
                     handlers[number] = signal.signal(number, ask_to_stop)
     threads = torch.get_num_threads()
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    # cuDNN's attention plans for 23 to 37 ms at every new length, and decoding has one per token.
+    # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
@@ -2025,7 +2034,7 @@ def main(argv=()):
         raise SystemExit(130)
 
 def run_as_script():
-    """Run main and exit with its status, of several ranks without waiting for the others."""
+    """Run main and exit with its status; with several ranks, without waiting for the others."""
     # Launchers send SIGTERM more than once, and one that comes after the run must not change its
     # status. During the run, guest() handles it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
