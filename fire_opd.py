@@ -1754,7 +1754,9 @@ def check_output(settings):
                 check_same_settings(folder, settings)
             elif checkpoints(folder) or (folder / "config.json").exists():
                 raise ValueError("it holds a run; continue it with --resume")
-            with complete_folder(folder / "trial"):  # can a checkpoint be saved there?
+        with explain(f"output folder {folder}: a checkpoint cannot be saved there",
+                     "choose another --output-dir, where folders can be written and renamed"):
+            with complete_folder(folder / "trial"):
                 pass
             (folder / "trial").rmdir()
     barrier()
