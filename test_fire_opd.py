@@ -4537,7 +4537,7 @@ def test_every_metric_is_in_the_glossary(pair, tmp_path):
     teachers = [f"one={pair / 'teacher'}", f"two={pair / 'other'}"]
     f.main(flags(pair, tmp_path / "out", teacher=teachers, prompts=pair / "routed.jsonl",
                  eval_prompts=pair / "routed.jsonl"))
-    glossary = re.findall(r"`([a-z_]+)", README.split("**Metrics**")[1].split("**")[0])
+    glossary = re.findall(r"`([a-z_]+)", README.split("**Metrics.**")[1].split("**")[0])
     logged = set()
     for row in log_of(tmp_path / "out"):
         logged |= row.keys()
