@@ -192,6 +192,8 @@ def child(argv, log, rank, ranks, port):
     f.RANK, f.WORLD_SIZE, f.LOCAL_RANK = rank, ranks, rank
     if "--compile" in argv:  # without a C++ compiler, which would take a minute
         torch.compile = functools.partial(torch.compile, backend="eager")
+    # After a fork torch makes its pool of threads anew, and fails if two threads ask at once.
+    torch.set_num_threads(1)
     sys.argv = [str(FILE), *argv]
     f.run_as_script()
 
@@ -4576,16 +4578,23 @@ def test_the_runnable_commands_run_in_an_empty_folder(tmp_path):
         folder = tmp_path / "runs" / name / "tiny-foreign-0"
         folder.mkdir(parents=True)
         f.write_tiny(folder, tiny | tiny["tasks"]["foreign"] | {"pretrain_steps": 1}, 0)
-    commands = re.findall(r"<!-- runnable -->\s*```bash\n(.*?)```", README, re.DOTALL)
-    assert len(commands) == 1
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-e", "-c", commands[0]], cwd=tmp_path, env=CPU | {"PATH": path},
-        capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of 3 steps, metrics in") == 3
-    assert "5 of 5 steps, metrics in runs/tiny/metrics.jsonl" in done.stdout
-    assert done.stdout.rstrip().splitlines()[-1].startswith("step 0: evaluation:")
+    [block] = re.findall(r"<!-- runnable -->\s*```bash\n(.*?)```", README, re.DOTALL)
+    first, *others, last = block.splitlines()
+    env = CPU | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def begin(command):
+        return subprocess.Popen(["bash", "-c", command], cwd=tmp_path, env=env, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    out = ""
+    for commands in ([first], others, [last]):  # those in the middle at the same time
+        for run in [begin(command) for command in commands]:
+            written, errors = run.communicate(timeout=300)
+            assert run.returncode == 0, errors
+            out += written
+    assert out.count("of 3 steps, metrics in") == 3
+    assert "5 of 5 steps, metrics in runs/tiny/metrics.jsonl" in out
+    assert out.rstrip().splitlines()[-1].startswith("step 0: evaluation:")
 
 
 # --- A GPU: these skip themselves where there is none; all others run on the CPU -----------------
