@@ -913,6 +913,8 @@ def check(config):
                         "leave one out")
     if not config.tiny and not (config.teacher and config.student and config.prompts):
         raise UserError("--teacher, --student and --prompts go together; give all three")
+    if config.steps > 999_999:
+        raise UserError("steps must be at most 999999: a checkpoint's name has six digits")
     for path in (config.prompts, config.eval_prompts):
         if path and not os.path.exists(path):
             raise UserError(f"{path}: no such file, seen from the current folder; give another")
@@ -1736,7 +1738,7 @@ STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=Fals
 
 def checkpoints(folder):
     """Oldest first. Only a complete one ever has this name."""
-    return sorted(Path(folder).glob("checkpoint-??????"))
+    return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
 
 def newest_checkpoint(config):
     """The one to resume, or None. Rank 0 looks: others may see a shared disk later."""

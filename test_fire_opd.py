@@ -1059,6 +1059,14 @@ def absolute_positions():
         vocab_size=20, n_embd=32, n_layer=2, n_head=2, n_positions=64, initializer_range=0.3))
 
 
+def scaled_positions(kind):
+    """A Qwen3 whose positions depend on the longest row."""
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 8,
+            "long_factor": [8.0] * 8, "original_max_position_embeddings": 48}
+    return Qwen3ForCausalLM(Qwen3Config(
+        **SMALL, head_dim=16, max_position_embeddings=64, rope_parameters=rope))
+
+
 def slopes_instead_of_positions():
     """A Falcon with ALiBi."""
     return transformers.FalconForCausalLM(transformers.FalconConfig(
@@ -1070,6 +1078,8 @@ def slopes_instead_of_positions():
     (sliding_window, False),
     (eager_attention, False),
     (absolute_positions, False),
+    (functools.partial(scaled_positions, "dynamic"), False),
+    (functools.partial(scaled_positions, "longrope"), False),
     (slopes_instead_of_positions, False),
 ])
 def test_a_cache_has_room_only_where_that_changes_nothing(make, roomy):
@@ -2280,7 +2290,9 @@ def test_the_report_of_a_long_run_stays_small(tmp_path):
     curves = list(parsed(page).iter("polyline"))
     assert len(curves) == 20  # at most seven in a chart
     for curve in curves:
-        assert len(curve.get("points").split()) <= 300  # a curve is 340 pixels wide
+        points = curve.get("points").split()
+        assert len(points) <= 300  # a curve is 340 pixels wide
+        assert points[-1].startswith("390.0,")  # and ends with the last step
     assert page.count("<circle") <= 2 * 500
 
 
@@ -3211,6 +3223,7 @@ BAD_SETTINGS = {
     "text for a number": ({"steps": "many"}, "steps"),
     "fraction of a step": ({"steps": "1.5"}, "steps"),
     "negative steps": ({"steps": -1}, "steps must be in [0, 1e9]"),
+    "steps beyond all folders": ({"steps": 10**6}, "at most 999999"),
     "huge number": ({"steps": "9" * 5000}, "steps"),
     "percentile over 100": ({"filter_percentile": 101}, "[0, 100]"),
     "percentile below 0": ({"filter_percentile": -1}, "[0, 100]"),
@@ -3746,8 +3759,10 @@ def test_a_generation_config_that_is_no_json_is_one_line(pair, tmp_path, out, ca
     (2, ["checkpoint-000003", "checkpoint-000004"]),
 ])
 def test_the_newest_checkpoints_are_kept(pair, out, keep, left):
+    (out / "checkpoint-backup").mkdir(parents=True)  # a user's own, which is none of them
     train(pair, out, steps=4, save_every=1, keep=keep)
     assert names_in(out) == left
+    assert (out / "checkpoint-backup").exists()
 
 
 def full_after_one_checkpoint(function, folder):
