@@ -20,43 +20,36 @@ line says so. What follows serves it: fast decoding, flags, metrics, prompts, mo
     python fire_opd.py           # the tiny pair of tiny_config.json, no download, about a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                 # real models
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
+    python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates a
+Memory: 18 bytes per parameter of the student on each GPU, which --shard divides by their number.
+
+Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates per
 rollout, top-k or full-vocabulary divergences, an inference server, learning-rate schedules.
 """
 
-import argparse
 import contextlib
-import dataclasses
-import datetime
 import functools
-import html
 import json
 import math
 import os
 import re
-import secrets
-import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
-import traceback
-import unicodedata
-import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
-import huggingface_hub
 import numpy as np
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from numpy.random import default_rng
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -64,9 +57,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import cached_file
 
 # --- Settings: batch_size is the flag --batch-size, and a key of the --config file --------------
 
@@ -77,7 +71,7 @@ def setting(default, help):
 @dataclass
 class Config:
     """The settings of a run. The defaults are the method's; sizes are for one GPU."""
-    filter_percentile: float = setting(20.0, "the filter drops this share of rollouts, in %%")
+    filter_percentile: float = setting(20.0, "the filter drops this share of the rollouts, in %%")
     filter_by: Literal["likelihood", "random"] = setting(
         "likelihood", "random: a control that drops as many rollouts, chosen at random")
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
@@ -87,41 +81,39 @@ class Config:
     loss_agg: Literal["token-mean", "seq-mean"] = setting(
         "token-mean", "the mean over all tokens, or over rollouts of their own means")
     temperature: float = setting(1.0, "of student and teacher, in sampling and scoring")
-    batch_size: int = setting(64, "rollouts a step, over all ranks")
-    rollouts_per_prompt: int = setting(1, "rollouts of each prompt in a step")
+    batch_size: int = setting(64, "prompts per step, over all ranks, with one rollout each")
     max_new_tokens: int = setting(1024, "longest response")
-    lr: float = setting(1e-6, "constant learning rate of AdamW (betas 0.9 and 0.999)")
+    lr: float = setting(1e-6, "constant learning rate of AdamW")
     weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     steps: int = setting(100, "steps of training; 0 only evaluates")
     seed: int = setting(0, "of the order of the prompts, of sampling and of the tiny pair")
-    teacher: list = field(default_factory=list, metadata={
+    teacher: list[str] = field(default_factory=list, metadata={
         "help": "checkpoint folder or hub name; of several teachers each as NAME=PATH"})
     student: str = setting("", "checkpoint folder or hub name")
-    prompts: str = setting("", "JSON Lines: prompt; optional answer, teacher, domain, tools")
+    prompts: str = setting("", "JSON Lines: prompt or messages; optional answer, teacher, domain")
     eval_prompts: str = setting("", "held-out prompts in the same format")
-    chat_template: Literal["auto", "none"] = setting("auto", "auto: the tokenizer's, if it has one")
     enable_thinking: bool = setting(False, "passed on to the chat template")
     max_prompt_tokens: int = setting(1024, "longer prompts are dropped")
     rollout_batch_size: int = setting(64, "rows generated at once on a rank")
     micro_batch_tokens: int = setting(8192, "tokens in a forward pass of scoring and update")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
-    compile: bool = setting(False, "compile scoring and update: a minute at first, then faster")
-    shard: bool = setting(False, "FSDP2 instead of DDP: shard student, optimizer and teachers")
+    compile: bool = setting(False, "compile scoring and update: slow at first")
+    shard: bool = setting(False, "FSDP2: shard student, optimizer and teachers over the ranks")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
-    output_dir: str = setting("", "new folder for metrics and checkpoints; default runs/<time>")
+    output_dir: str = setting("", "new folder for metrics and checkpoints; default in runs/")
     resume: bool = setting(False, "continue the run in --output-dir; if there is none, start it")
     eval_every: int = setting(0, "steps between evaluations; 0: before and after the run")
-    save_every: int = setting(0, "steps between checkpoints; 0: at the end")
-    keep: int = setting(2, "how many of the newest checkpoints stay on the disk")
+    save_every: int = setting(
+        20, "steps between checkpoints, of which the newest two are kept; 0: at the end")
     config: str = setting("", "JSON file of settings; the command line wins over it")
     task: str = setting("foreign", "which of the tasks in tiny_config.json, for the tiny pair")
-    tiny: dict = field(default_factory=dict)  # JSON only: how the tiny pair is made
+    tiny: dict = field(default_factory=dict, init=False)  # no flag: how the tiny pair is made
 
 # --- The arithmetic of the method: functions of tensors, no models, no globals ------------------
 
 def upcast(x):
-    """At least float32, as bfloat16 and float16 are too coarse for a softmax. float64 stays."""
+    """At least float32, as bfloat16 is too coarse for a softmax. float64 is left as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def is_eos(tokens, eos_ids):
@@ -154,9 +146,8 @@ def filter_trajectories(scores, percentile):
     """Filter: keep the trajectories whose score is at least the `percentile` quantile.
 
     scores [B] of the WHOLE step -> keep [B] bool. Not of a micro-batch: a single row would be its
-    own quantile and always stay. The quantile is that of all finite scores, interpolated linearly.
-    Scores equal to it are kept; NaN and infinite scores never are. percentile=0 keeps all finite
-    scores. ValueError if it is not in [0, 100].
+    own quantile and always be kept. The quantile is that of all finite scores, interpolated
+    linearly. Scores equal to it are kept; NaN and infinite scores never are.
     """
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must be in [0, 100], got {percentile}")
@@ -168,35 +159,29 @@ def filter_trajectories(scores, percentile):
     threshold = threshold - 1e-9  # rounding must not lose a score that is the quantile
     return finite & (scores >= threshold)
 
-def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0,
-                  scope="trajectory"):
-    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the mask.
+def relative_entropy(entropy, mask):
+    """H / max H of each row, in [0, 1]; 0 where all entropies are 0. [B, T] -> [B, T]"""
+    entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
+    largest = entropy.amax(1, keepdim=True)
+    largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)  # 0 / 0 would be NaN
+    return (entropy / largest).clamp(0, 1)
+
+def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0):
+    """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the trajectory.
 
     Teacher confidence c_t = 1 - H_T,t / max H_T: a teacher that hesitates teaches little.
     Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has most to learn.
     Entropies (nats) and mask [B, T] -> weights [B, T], zero off the mask, without gradient.
-    scope="trajectory": maximum and mean of each row, as in training. scope="batch": of all rows
-    together, as in the released code. ValueError for any other.
+    Maximum and mean are those of each row; in the released code they are those of the micro-batch.
     """
-    if scope not in ("trajectory", "batch"):
-        raise ValueError(f"scope must be 'trajectory' or 'batch', got {scope!r}")
-    dims = (0, 1) if scope == "batch" else 1
     mask = response_mask.bool()
-
-    def relative(entropy):
-        """H / max H, in [0, 1]; 0 where all entropies are 0."""
-        entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
-        largest = entropy.amax(dims, keepdim=True)
-        largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)  # 0 / 0 would be NaN
-        return (entropy / largest).clamp(0, 1)
-
-    confidence = 1 - relative(teacher_entropy)  # [B, T]
-    confusion = relative(student_entropy)  # [B, T]
+    confidence = 1 - relative_entropy(teacher_entropy, mask)  # [B, T]
+    confusion = relative_entropy(student_entropy, mask)  # [B, T]
     weights = (1 + alpha * confidence) * (1 + beta * confusion)
     weights = weights.masked_fill(~mask, 0)
     # Mean 1, so that the update is about as large as in plain distillation.
-    total = weights.sum(dims, keepdim=True).clamp(min=1e-12)  # else 0 / 0 in an empty row
-    return weights * mask.sum(dims, keepdim=True) / total
+    total = weights.sum(1, keepdim=True).clamp(min=1e-12)  # else 0 / 0 in an empty row
+    return weights * mask.sum(1, keepdim=True) / total
 
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), all [B, T]: how much the teacher prefers the token.
@@ -206,42 +191,32 @@ def token_advantages(teacher_log_probs, student_log_probs):
     """
     return teacher_log_probs - student_log_probs
 
-def policy_loss(log_probs, old_log_probs, teacher_log_probs, weights, mask, num_tokens,
-                clip_ratio=0.2):
-    """-(1/num_tokens) sum over mask of min(r_t w_t A_t, clip(r_t, 1-eps, 1+eps) w_t A_t) -> scalar
+def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
+    """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / pi_S of this very pass -> scalar
 
-    A_t is that of old_log_probs, without gradient, and r_t = pi_S / pi_S_old. `update` gives
-    log_probs.detach() as old_log_probs, so r_t is 1 in value and has the gradient of log pi_S:
-    plain REINFORCE. The clip acts only where one rollout serves several updates.
-    All tensors [B, T]. num_tokens: how many tokens the whole step keeps. With seq-mean it is the
-    number of kept rollouts, and the weights come divided by the length of their response.
-    Gradients of micro-batches ADD: divided by their own count, the tokens of a short one would
-    weigh more.
+    r_t is 1 and has the gradient of log pi_S: the loss is the weighted reverse KL, its gradient
+    REINFORCE's. The released code clips r_t, which only acts if a rollout serves several updates.
+    All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, as gradients of micro-batches
+    add up. With seq-mean it is the number of kept rollouts, and weights come divided by length.
     """
     outside = ~mask.bool()
-    advantages = token_advantages(teacher_log_probs, old_log_probs)  # [B, T]
+    advantages = token_advantages(teacher_log_probs, log_probs.detach())  # [B, T]
     weighted = (weights * advantages).detach().masked_fill(outside, 0)
-    log_ratio = log_probs - old_log_probs.detach()
-    ratio = log_ratio.masked_fill(outside, 0).exp()  # else infinities there make the gradient NaN
-    clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
-    objective = torch.minimum(ratio * weighted, clipped * weighted)
-    return -objective.sum() / num_tokens
+    log_ratio = (log_probs - log_probs.detach()).masked_fill(outside, 0)  # no infinities there
+    return -(log_ratio.exp() * weighted).sum() / divisor
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
-    """log pi(target) and H of one chunk of n tokens; zeros for H if it is not wanted.
-
-    hidden [n, D], lm_head_weight [V, D], bias [V], targets [n] -> [n], [n]. Under autocast the
-    logits are rounded to bfloat16: unbiased noise of 0.01 to 0.02 nats a token. Softmax and
-    entropy are in float32.
-    """
+    """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
+    logits are bfloat16: unbiased noise of 0.01 to 0.02 nats a token. The softmax is float32."""
+    # Autocast would keep its bfloat16 copy of a parameter for all chunks, whose gradients would add
+    # up in bfloat16. Of .T, which is no parameter, each chunk has its own: they do in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
-    logits = upcast(logits)
-    log_p = logits.log_softmax(1)
+    log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
-    if not with_entropy:
-        return log_probs, torch.zeros_like(log_probs)
-    log_p = log_p.detach()
-    entropy = -(log_p.exp() * log_p).nansum(1)  # nansum: 0 log 0 is 0
+    entropy = torch.zeros_like(log_probs)
+    if with_entropy:
+        log_p = log_p.detach()
+        entropy = -(log_p.exp() * log_p).nansum(1)  # nansum: 0 log 0 is 0
     return log_probs, entropy
 
 def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=None,
@@ -249,11 +224,10 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     """log pi(target_n) and H_n of pi = softmax((hidden W^T + bias) / temperature), by chunks.
 
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
-    and entropy [N], which is not (and 0 if not wanted), in nats. With V = 152 k the logits of 8,192
-    tokens take 5 GB, and their gradient several times that. So only one chunk has logits at a
-    time, and the backward pass computes them again. Each chunk also adds a whole [V, D] to the
-    gradient of W. A chunk of far fewer than D tokens would spend its time on that: the default is
-    max(128, D). chunk_function: chunk_log_probs, or the same compiled.
+    and entropy [N], which is not. With V = 152 k the logits of 8,192 tokens take 5 GB, and their
+    gradient several times that. So only one chunk has logits at a time, and the backward pass
+    computes them again. Each chunk adds a [V, D] to the gradient of W: it should have D tokens.
+    chunk_function: chunk_log_probs, or the same compiled.
     """
     if chunk is None:
         chunk = max(128, hidden.shape[1])
@@ -273,9 +247,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
 def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
-    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. As u comes from
-    outside, there is no generator whose state must be saved or shared. The cumulative sum is in
-    float64, because in float32 it misses 1 over 152 k tokens; u is scaled by its last entry.
+    logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
+    is in float64, because in float32 it misses 1 over 152 k tokens; u is scaled by its last entry.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -290,59 +263,35 @@ def sample_tokens(logits, uniforms, temperature=1.0):
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
-    """Uniforms in [0, 1), float64 [b, width]. Those of row i depend on key and i alone.
-
-    Not on the rank, the batch or what was drawn before. So a run on 1, 2 or 4 ranks is the same up
-    to the rounding of floats, and resuming has no generator to restore. key is (seed, purpose,
-    step), or (seed, purpose) if all steps are to share them.
-    """
-    drawn = [default_rng((*key, i)).random(width) for i in rows]
+    """Uniforms in [0, 1), float64 [b, width]. Those of row i depend on i and key alone, which is
+    (seed, purpose, step), or (seed, purpose) if all steps are to share them. So a run is the same
+    on any number of ranks but for rounding, and to resume it no generator must be restored."""
+    drawn = []
+    for i in rows:
+        rng = default_rng((*key, i))
+        drawn.append(rng.random(width))
     return torch.tensor(np.array(drawn))
 
-# Two controls that the method has to beat: a random filter, and weights that are hard.
-
-def random_scores(scores, noise):
-    """Noise in the place of scores: the filter then drops at random. scores, noise [B] -> [B]"""
-    return noise.masked_fill(~scores.isfinite(), math.nan)
-
-def hard_weights(weights, response_mask):
-    """The heavier half of each row's tokens, all alike and with mean 1, the others 0.
-
-    weights, response_mask [B, T] -> [B, T], zero off the mask.
-    """
-    hard = torch.zeros_like(weights)
-    for row, length in enumerate(response_mask.sum(1).tolist()):
-        half = (length + 1) // 2
-        if half > 0:
-            heaviest = weights[row].argsort(descending=True, stable=True)[:half]
-            hard[row, heaviest] = length / half
-    return hard
-
-# --- Ranks: torchrun starts one process (a rank) for each GPU; each takes its share of the rows --
+# --- Ranks: torchrun starts one process (a rank) per GPU; each takes its share of the rows -------
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STOP = threading.Event()  # set by Ctrl-C and other signals: stop after this step
 
 def sum_over_ranks(table):
-    """Sum a CPU tensor over the ranks, in place. Each rank fills its own rows of a table of zeros,
-    so the sum is the whole table, exactly the same on all ranks, which then filter alike."""
+    """Sum a tensor over the ranks, in place. Where each rank has filled its own rows of a table of
+    zeros, the sum is the whole table, exactly the same on all ranks, which then filter alike."""
     if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table
 
-def any_rank(flag):
-    """Whether the flag is true on any rank. All get the same answer, and take the same branch."""
-    return sum_over_ranks(torch.tensor(float(flag))).item() > 0
-
 def barrier():
-    """Go on when all ranks have come here."""
-    any_rank(False)
+    """Wait until all ranks have come this far."""
+    sum_over_ranks(torch.zeros(1))
 
 def broadcast(value):
-    """What rank 0 has, on all ranks."""
+    """What rank 0 has, on all ranks. Rank 0 does not wait for the others: see barrier."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -352,7 +301,7 @@ def broadcast(value):
 
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature.
-    eos_ids and vocabulary are sets of ids; only those of the vocabulary are ever sampled."""
+    eos_ids and vocabulary are sets of ids; no others than the vocabulary's are ever sampled."""
     segment = 64  # every so many tokens, the rows that have ended leave the batch
 
     def __init__(self, model, eos_ids, vocabulary, config):
@@ -360,99 +309,69 @@ class Policy(nn.Module):
         self.model = model
         self.eos_ids = eos_ids
         self.temperature = config.temperature
-        self.autocast_to_bf16 = compute_dtype(config) == torch.bfloat16
-        self.use_cuda_graph = False  # in decoding; `make_policy` may turn it on
+        self.bf16 = compute_dtype(config) == torch.bfloat16  # autocast matrix products
+        self.use_cuda_graph = False  # in decoding; `load_policy` turns it on
         # The head may have rows that are no token, or one that another model lacks. A bias of
         # minus infinity excludes them. Cutting them off would leave an odd width, slow on a GPU.
         head = model.get_output_embeddings().weight  # [V, D]
-        vocabulary_bias = torch.full(head.shape[:1], -torch.inf, device=head.device)
-        vocabulary_bias[sorted(vocabulary)] = 0
-        self.register_buffer("vocabulary_bias", vocabulary_bias, persistent=False)  # [V]
+        bias = torch.full(head.shape[:1], -torch.inf)
+        bias[sorted(vocabulary)] = 0
+        self.register_buffer("vocabulary_bias", bias, persistent=False)  # [V]
         self.chunk_function = chunk_log_probs
         if config.compile:
             self.chunk_function = torch.compile(chunk_log_probs, dynamic=True)
             for block in blocks(model):
                 block.compile(dynamic=True)
 
-    def autocast(self):
-        """Matrix products in bfloat16, if that is wanted. The weights are cast once, for all that
-        is computed inside, such as all tokens of a rollout."""
-        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.autocast_to_bf16)
-
-    def forward(self, ids, mask):
-        """log pi(y_t) and H_t, 0 off the mask. ids, response mask, returns: all [b, L]
-
-        H_t is computed only under no_grad, and else all 0: the update does not need it.
-        """
-        wants_entropy = not torch.is_grad_enabled()
-        with self.autocast():
-            # Padding is on the right, where a causal model never looks: no attention mask.
+    def forward(self, prompts, tokens, mask):
+        """log pi(y_t) and H_t of responses to b prompts, lists of ids. tokens, mask [b, T]
+        -> two tables [b, T], 0 off the mask. H_t only under no_grad: the update needs none."""
+        ids, is_response = [], []
+        for prompt, row, own in zip(prompts, tokens, mask):
+            response = row[own].tolist()
+            both = torch.tensor(prompt + response)
+            ids.append(both)
+            is_response.append(torch.arange(len(both)) >= len(prompt))
+        if not prompts:  # a rank without rows must still join in: one row without a response
+            ids.append(torch.tensor([0, 0]))
+            is_response.append(torch.tensor([False, False]))
+        # Padding is on the right, where a causal model never looks: no attention mask.
+        ids = pad_sequence(ids, batch_first=True).to(DEVICE)  # [b, L]
+        is_response = pad_sequence(is_response, batch_first=True).to(DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16, self.bf16):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden = hidden[:, :-1][mask[:, 1:]]  # [n, D]: position t - 1 predicts token t
-            head = self.model.get_output_embeddings()
-            weight, bias = head.weight, self.vocabulary_bias
-            if getattr(head, "bias", None) is not None:
-                bias = bias + head.bias
+            predicts = is_response[:, 1:]  # [b, L - 1], as position t - 1 predicts token t
+            hidden = hidden[:, :-1][predicts]  # [n, D]
+            weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
                 weight = upcast(weight)  # bf16 in FSDP; the chunks' gradients add up in float32
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
-                hidden, weight, ids[mask], self.temperature, bias=bias,
-                with_entropy=wants_entropy, chunk_function=self.chunk_function)
-        # Put the n values back where the mask took them from.
-        zeros = log_probs.new_zeros(ids.shape)
+                hidden, weight, ids[is_response], self.temperature, bias=self.vocabulary_bias,
+                with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
+        mask = mask.to(DEVICE)
+        zeros = log_probs.new_zeros(mask.shape)
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
     def sample(self, prompts, uniforms):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T]; what follows a row's EOS means nothing."""
-        b, T = uniforms.shape
-        uniforms = uniforms.to(DEVICE)
-        tokens = torch.zeros_like(uniforms, dtype=torch.long)
-        log_probs = torch.zeros_like(uniforms, dtype=torch.float32)
-        entropy = torch.zeros_like(log_probs)
-        ids, attention = left_padded(prompts)  # [b, width]; later ids is the last token, [n, 1]
-        width = ids.shape[1]
-        positions = (attention.cumsum(1) - 1).clamp(min=0)  # like ids; padding is not counted
-        rows = torch.arange(b, device=DEVICE)  # [n], those still being written; n = b at first
-        cache = RolloutCache(self.model, position=torch.tensor([width - 1], device=DEVICE))
-        # `step` changes ids, positions, attention and cache in place, as a CUDA graph must. Every
-        # `segment` tokens they are made anew, without the rows that have ended.
-
-        def draw(visible):
-            """Feed in ids and draw token t of each row. visible: the attention mask. -> [n, 1]"""
-            t = cache.position - (width - 1)  # [1], which token is being drawn
-            logits = self.model(
-                input_ids=ids, attention_mask=visible, position_ids=positions,
-                past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            drawn = sample_tokens(
-                logits + self.vocabulary_bias, uniforms[rows, t], self.temperature)  # [n] each
-            tokens[rows, t], log_probs[rows, t], entropy[rows, t] = drawn  # t [1] is for all rows
-            return drawn[0][:, None]
-
-        def step():
-            """The next token of each row."""
-            cache.position.add_(1)
-            attention.index_fill_(1, cache.position, True)
-            ids.copy_(draw(cache.mask(attention)))
-            positions.add_(1)
-
+        T = uniforms.shape[1]
         # --compile has compiled the blocks for whole sequences; in decoding they stay eager.
-        with self.autocast(), torch.compiler.set_stance("force_eager"):
-            ids = draw(attention)
-            positions = positions[:, -1:] + 1
-            for start in progress(f"{b} rollouts", range(1, T, self.segment)):
+        autocast = torch.autocast(DEVICE, torch.bfloat16, self.bf16)
+        with autocast, torch.compiler.set_stance("force_eager"):
+            decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
+            for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
-                ended = is_eos(tokens[rows, :start], self.eos_ids).any(1)
-                going = (~ended).nonzero()[:, 0]
-                if len(going) == 0:
-                    break
-                ids, positions, rows = ids[going], positions[going], rows[going]
+                drawn = decoder.tokens[decoder.rows, :start]  # [n, start]
+                ended = is_eos(drawn, self.eos_ids).any(1)
+                if ended.all():
+                    break  # with --shard, too: while it decodes, a student needs no other rank
                 steps = min(self.segment, T - start)
-                # The cache keeps these rows, with room for the next tokens.
-                attention = cache.make_room(attention, going, width + start - 1, steps)
-                repeat(step, steps, self.use_cuda_graph and cache.roomy)
-        return tokens.cpu(), log_probs.cpu(), entropy.cpu()
+                decoder.keep_rows(~ended, room=steps)
+                decoder.decode(steps)
+        tables = (decoder.tokens, decoder.log_probs, decoder.entropy)
+        return [table.cpu() for table in tables]
 
 # --- One step: rollout, score, filter, reweight, update ------------------------------------------
 
@@ -466,143 +385,113 @@ class Prompt:
 
 @dataclass
 class Rollouts:
-    """The trajectories of one step, as tables on the CPU that are the same on every rank. A row is
-    prompt and response, padded on the right to L. In every table column t belongs to ids[:, t],
-    with no shift by one, and all but ids are 0 outside of the response."""
+    """The trajectories of one step, as tables on the CPU that are the same on every rank. Column t
+    belongs to the t-th token of the response. Values off the mask mean nothing."""
     prompts: list  # B prompts
     lengths: list  # B numbers of tokens, prompt and response
-    ids: Tensor  # [B, L]
-    mask: Tensor  # [B, L] bool, the response mask
-    log_probs: Tensor  # [B, L] log pi_S(y_t), as sampled; the loss takes those of its own pass
-    student_entropy: Tensor  # [B, L] H_S,t, as sampled
+    tokens: Tensor  # [B, T]
+    mask: Tensor  # [B, T] bool, the response mask
+    log_probs: Tensor  # [B, T] log pi_S(y_t), as sampled; the loss takes those of its own pass
+    student_entropy: Tensor  # [B, T] H_S,t, as sampled
+    # What teacher, filter and weights make of them, in this order:
+    teacher_log_probs: Tensor = None  # [B, T] log pi_T(y_t)
+    teacher_entropy: Tensor = None  # [B, T] H_T,t
+    scores: Tensor = None  # [B]
+    keep: Tensor = None  # [B] bool
+    weights: Tensor = None  # [B, T], zero in dropped rows
 
-    def select(self, table, rows):
-        """These rows of a table [B, L], on the device, as wide as the longest."""
-        if not rows:  # a rank without rows must still join in: one row, all of it masked
-            return table.new_zeros(1, 2).to(DEVICE)
-        width = max(self.lengths[i] for i in rows)
-        return table[rows, :width].to(DEVICE)
-
-@dataclass
-class Graded:
-    """Rollouts, with what teacher, filter and weights have made of them."""
-    rollouts: Rollouts
-    teacher_log_probs: Tensor  # [B, L] log pi_T(y_t)
-    teacher_entropy: Tensor  # [B, L] H_T,t
-    scores: Tensor  # [B]
-    keep: Tensor  # [B] bool
-    weights: Tensor | None  # [B, L], zero in dropped rows; None in an evaluation
+    def select(self, rows):
+        """What a policy scores: the ids of these rows' prompts, their tokens and their mask."""
+        ids = [self.prompts[i].ids for i in rows]
+        return ids, self.tokens[rows], self.mask[rows]
 
 @dataclass
 class Run:
-    """What a run holds, as `load` has made it. `run.config.x` is the setting --x."""
-    settings: Config  # as the user gave them, and as config.json has them
-    config: Config  # what the code reads: the same, with the folders of a tiny pair filled in
+    """What a run holds, as `load_run` has made it. `run.config.x` is the setting --x."""
+    config: Config
     tokenizer: object
     prompts: list  # of Prompt
     eval_prompts: list
     student: Policy
-    trained: nn.Module  # what `update` calls: the student, or DDP around it
+    trained: nn.Module  # the student as the update sees it: on several ranks in torch's DDP
+    student_folder: Path  # where it came from
     optimizer: torch.optim.Optimizer
-    files: dict  # {name: bytes}: the student's tokenizer and the like, for its checkpoints
     teachers: dict = field(default_factory=dict)  # name -> Policy
     step: int = 0  # steps done
-    evaluated: int = -1  # the step of the last evaluation
+    log: list = field(default_factory=list)  # the rows of metrics.jsonl
+    seconds: dict = field(default_factory=dict)  # phase -> how long it took
 
 def train_step(run):
-    """One step of FiRe-OPD. -> Graded, metrics"""
+    """One step of FiRe-OPD. -> Rollouts, metrics"""
     config = run.config
-    stopwatch = Stopwatch()  # the seconds of each phase, for the metrics
     # 1. the student writes
-    prompts = step_prompts(run)  # B
-    rollouts = rollout(run, prompts, (config.seed, SAMPLE, run.step))
-    stopwatch.lap("rollout")
+    r = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
     # 2. the teacher grades
-    teacher_log_probs, teacher_entropy = score(run, rollouts)  # [B, L]
-    stopwatch.lap("score")
+    r.teacher_log_probs, r.teacher_entropy = score(run, r)  # [B, T]
     # 3. filter
-    scores = trajectory_scores(teacher_log_probs, rollouts.mask)  # [B]
-    keep = filter_trajectories(ranking(run, scores), config.filter_percentile)  # [B]
+    r.scores = trajectory_scores(r.teacher_log_probs, r.mask)  # [B]
+    r.keep = filter_trajectories(ranking(run, r.scores), config.filter_percentile)  # [B]
     # 4. reweight
-    mask = rollouts.mask & keep[:, None]  # [B, L]
+    kept = r.mask & r.keep[:, None]  # [B, T]
     weights = token_weights(
-        teacher_entropy, rollouts.student_entropy, mask, config.alpha, config.beta)
-    if config.token_weights == "hard":
-        weights = hard_weights(weights, mask)
+        r.teacher_entropy, r.student_entropy, kept, config.alpha, config.beta)
+    r.weights = weighting(run, weights, kept)  # [B, T]
     # 5. loss, 6. update
-    metrics = update(run, rollouts, teacher_log_probs, keep, weights)
-    stopwatch.lap("update")
-    graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, keep, weights)
-    return graded, metrics | measure_step(run, graded, stopwatch)
+    metrics = update(run, r)
+    return r, metrics | measure_step(run, r)
 
-def ranking(run, scores):
-    """What the filter ranks by: the scores, or as a control random numbers. -> [B]"""
-    if run.config.filter_by == "likelihood":
-        return scores
-    key = (run.config.seed, FILTER, run.step)
-    noise = stateless_uniforms(key, [0], len(scores))  # [1, B]
-    return random_scores(scores, noise[0])
+def timed(phase):
+    """A decorator that notes in `run.seconds` how long a phase took."""
+    @functools.wraps(phase)
+    def timed_phase(run, *args):
+        start = time.perf_counter()
+        result = phase(run, *args)  # ends on the CPU, so a GPU has done its work
+        run.seconds[phase.__name__] = time.perf_counter() - start
+        return result
+    return timed_phase
 
 def step_prompts(run):
     """The prompts of this step. Each epoch is a fresh permutation of all of them."""
-    config = run.config
-    n = len(run.prompts)
-    count = config.batch_size // config.rollouts_per_prompt
+    n, size = len(run.prompts), run.config.batch_size
     chosen = []
-    for k in range(run.step * count, (run.step + 1) * count):  # k counts from the run's start
-        epoch, place = divmod(k, n)
-        if place == 0 or not chosen:  # a new epoch, or the first prompt of this step
-            order = default_rng((config.seed, ORDER, epoch)).permutation(n)
-        chosen += [run.prompts[order[place]]] * config.rollouts_per_prompt
+    for i in range(size):
+        epoch, place = divmod(run.step * size + i, n)  # counted from the run's start
+        if place == 0 or i == 0:
+            order = default_rng((run.config.seed, ORDER, epoch)).permutation(n)
+        chosen.append(run.prompts[order[place]])
     return chosen
 
+@timed
 def rollout(run, prompts, key):
     """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts"""
-    config = run.config
-    B, T = len(prompts), config.max_new_tokens
+    B, T = len(prompts), run.config.max_new_tokens
     tokens = torch.zeros(B, T, dtype=torch.long)
     log_probs = torch.zeros(B, T)
     entropy = torch.zeros(B, T)
     share = list(range(RANK, B, WORLD_SIZE))
-    for start in range(0, len(share), config.rollout_batch_size):
-        rows = share[start:start + config.rollout_batch_size]
+    for start in range(0, len(share), run.config.rollout_batch_size):
+        rows = share[start:start + run.config.rollout_batch_size]
         ids = [prompts[i].ids for i in rows]
-        uniforms = stateless_uniforms(key, rows, T)
-        drawn = run.student.sample(ids, uniforms)
+        drawn = run.student.sample(ids, stateless_uniforms(key, rows, T))
         tokens[rows], log_probs[rows], entropy[rows] = drawn
     for table in (tokens, log_probs, entropy):
         sum_over_ranks(table)
-    return lay_out(prompts, run.student.eos_ids, tokens, log_probs, entropy)
-
-def lay_out(prompts, eos_ids, tokens, log_probs, entropy):
-    """From tables of responses [B, T] to tables of prompts and responses [B, L]. -> Rollouts"""
-    valid = mask_responses(tokens, eos_ids)  # [B, T]
-    starts = torch.tensor([[len(prompt.ids)] for prompt in prompts])  # [B, 1]
-    ends = starts + valid.sum(1, keepdim=True)
-    positions = torch.arange(int(ends.max()))  # [L]
-    mask = (starts <= positions) & (positions < ends)  # [B, L]
-
-    def behind_prompts(table):  # each row of mask has as many places as that of valid has tokens
-        return table.new_zeros(mask.shape).masked_scatter(mask, table[valid])
-
-    ids = behind_prompts(tokens)
-    for row, prompt in zip(ids, prompts):
-        row[:len(prompt.ids)] = torch.tensor(prompt.ids)
-    log_probs = behind_prompts(log_probs)
-    entropy = behind_prompts(entropy)
-    return Rollouts(prompts, ends[:, 0].tolist(), ids, mask, log_probs, entropy)
+    mask = mask_responses(tokens, run.student.eos_ids)
+    lengths = mask.sum(1).tolist()
+    for i, prompt in enumerate(prompts):
+        lengths[i] += len(prompt.ids)
+    return Rollouts(prompts, lengths, tokens, mask, log_probs, entropy)
 
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
 
-    Sorted by length, so that there is little padding, and a list's first row is its longest. All
-    ranks get as many lists, some of which may be empty: a rank that has nothing left must still
-    take part in every collective.
+    Sorted by length: little padding, and a list's first row is its longest. All ranks get as many
+    lists, some perhaps empty: one that has nothing left must still join in every collective.
     """
     share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, or one rank might get them all
     batches = []
     room = 0  # how many rows the last list still takes
-    for i in sorted(rows, key=lambda i: lengths[i], reverse=True):
+    for i in sorted(rows, key=lengths.__getitem__, reverse=True):
         if room == 0:
             batches.append([])
             room = min(share, max(1, budget // lengths[i]))
@@ -612,1032 +501,680 @@ def micro_batches(rows, lengths, budget):
         batches.append([])
     return batches[RANK::WORLD_SIZE]
 
+@timed
 @torch.no_grad()
 def score(run, rollouts):
-    """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, L]"""
-    B, L = rollouts.ids.shape
-    tables = torch.zeros(2, B, L)  # of which each rank fills its share
+    """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, T]"""
+    tables = torch.zeros(2, *rollouts.mask.shape)  # of which each rank fills its share
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
         for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
-            ids = rollouts.select(rollouts.ids, micro)  # [b, l]
-            mask = rollouts.select(rollouts.mask, micro)
-            both = torch.stack(teacher(ids, mask))  # [2, b, l]
-            tables[:, micro, :ids.shape[1]] = both.cpu()  # an empty micro selects no row
+            log_probs, entropy = teacher(*rollouts.select(micro))  # [b, T]
+            tables[0, micro] = log_probs.cpu()
+            tables[1, micro] = entropy.cpu()
     return sum_over_ranks(tables)
 
-def update(run, rollouts, teacher_log_probs, keep, weights):
-    """Steps 5 and 6. Only kept trajectories go through the student.
+@timed
+def update(run, rollouts):
+    """Steps 5 and 6. Only kept trajectories go through the student. -> metrics
 
-    Gradients add up over micro-batches, which fit into memory, and over ranks. Each is divided by
-    the same number, counted over the whole step beforehand, so the result does not depend on how
-    the step is cut. keep [B], tables [B, L] -> metrics
+    Gradients add up over micro-batches and ranks. Each is divided by the same number, counted over
+    the whole step beforehand, so the result does not depend on how the step is cut.
     """
     config = run.config
-    rows = keep.nonzero()[:, 0].tolist()
+    rows = rollouts.keep.nonzero()[:, 0].tolist()
+    weights = rollouts.weights
     divisor = int(rollouts.mask[rows].sum())  # kept tokens
     if config.loss_agg == "seq-mean":  # the mean over trajectories of their own means
-        response_lengths = rollouts.mask.sum(1, keepdim=True)  # [B, 1]
-        weights = weights / response_lengths.clamp(min=1)
+        weights = weights / rollouts.mask.sum(1, keepdim=True)
         divisor = len(rows)
     loss = torch.zeros(())
-    in_ddp = run.trained is not run.student
     micros = micro_batches(rows, rollouts.lengths, config.micro_batch_tokens)
     for micro in micros:
-        ids = rollouts.select(rollouts.ids, micro)  # [b, l]
-        mask = rollouts.select(rollouts.mask, micro)
-        teacher = rollouts.select(teacher_log_probs, micro)
-        weight = rollouts.select(weights, micro)
-        if in_ddp:  # exchange gradients in the last backward only; DDP reads this in its forward
-            run.trained.require_backward_grad_sync = micro is micros[-1]
-        log_probs, _ = run.trained(ids, mask)  # [b, l]
-        # The ratio's old policy is this very pass, not the sampler: the two round differently,
-        # and a ratio that is not exactly 1 would add noise to every gradient.
-        part = policy_loss(log_probs, log_probs.detach(), teacher, weight, mask, divisor)
+        # DDP reads this: it exchanges gradients in the last backward pass only.
+        run.trained.require_backward_grad_sync = micro is micros[-1]
+        # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
+        log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
+        tables = (rollouts.teacher_log_probs, weights, rollouts.mask)
+        own = [table[micro].to(DEVICE) for table in tables]
+        part = policy_loss(log_probs, *own, divisor)
         (part * WORLD_SIZE).backward()  # DDP and FSDP take the mean over ranks, we want the sum
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
-    norm = clip_gradient(run)
-    if rows and rollouts.log_probs.isfinite().all() and math.isfinite(loss + norm):
-        skipped = 0
-        run.optimizer.step()
-    else:  # nothing was kept, or something is not finite: the parameters stay as they are
-        skipped = 1
-        loss = math.nan
-    run.optimizer.zero_grad(set_to_none=not in_ddp)  # DDP's gradients lie in its buckets: zeroed
-    return {"loss": loss, "grad_norm": norm, "skipped_updates": skipped}
-
-def clip_gradient(run):
-    """Scale the gradient down to --max-grad-norm, over all its shards. -> the norm it had"""
-    norm = nn.utils.clip_grad_norm_(run.student.parameters(), run.config.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # of a sharded student
+    norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # of all shards, if there are any and they have gradients
         norm = norm.full_tensor()
-    return norm.item()
-
-def prepare_training(student, config):
-    """-> the student as the update sees it, and its optimizer"""
-    trained = student
-    if WORLD_SIZE > 1 and not is_sharded(config):
-        trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True)
-    return trained, optimizer
+    norm = norm.item()
+    skipped = not rows or not math.isfinite(loss + norm)
+    if not skipped:  # nothing kept, or something not finite: the parameters stay as they are
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
+    return {"loss": loss, "grad_norm": norm, "skipped_updates": int(skipped)}
 
 # --- The run -------------------------------------------------------------------------------------
 
 def train(config):
-    """A whole run, or with --resume the rest of one. -> whether all steps are done"""
-    run = load(config)
+    """A whole run, or with --resume the rest of one. It may be killed at any time: what is not in
+    the newest checkpoint is done again, from the same prompts and the same random numbers."""
+    run = load_run(config)
     evaluate_if_due(run)
-    while run.step < config.steps and not stop_asked():
-        graded, metrics = train_step(run)
+    while run.step < config.steps:
+        rollouts, metrics = train_step(run)
         run.step += 1
-        report_step(run, graded, metrics)
+        report_step(run, rollouts, metrics)
         if due(run, config.save_every):
             save_checkpoint(run)  # before the evaluation: if that is killed, the step is safe
         evaluate_if_due(run)
-    if 0 < run.step < config.steps:  # told to stop
-        save_checkpoint(run)
+        write_report(run, rollouts)
     summarize(run)
-    return run.step >= config.steps
 
 def due(run, every):
     """Whether this step is the last, or a multiple of `every`; 0: only the last."""
-    if every > 0 and run.step % every == 0:
-        return True
-    return run.step == run.config.steps
-
-def stop_asked():
-    """Whether a signal asked any rank to stop: so all stop after the same step."""
-    return any_rank(STOP.is_set())
-
-def evaluate_if_due(run):
-    """Before the run, every --eval-every steps, and after it; once a step, not when stopping."""
-    if run.step == 0 or due(run, run.config.eval_every):
-        if run.evaluated != run.step and not stop_asked():
-            evaluate(run)
+    multiple = every > 0 and run.step % every == 0
+    return multiple or run.step == run.config.steps
 
 # === The method ends here; plumbing follows ======================================================
 
-# --- Fast decoding: a cache with room, and CUDA graphs ------------------------------------------
+# --- Two controls for experiments: dropped at random, or weights of two values ------------------
 
-class RoomyLayer(DynamicLayer):
-    """Keys and values with free slots, into which the coming tokens are written: appending would
-    copy all of them for every token. Keys take the values' dtype, as under autocast rotary
-    embeddings leave them in float32."""
+def ranking(run, scores):
+    """What the filter ranks by: the scores, or as a control random numbers. [B] -> [B]"""
+    if run.config.filter_by == "likelihood":
+        return scores
+    key = (run.config.seed, FILTER, run.step)
+    noise = stateless_uniforms(key, [0], len(scores))[0]
+    return noise.masked_fill(~scores.isfinite(), math.nan)
 
-    def __init__(self, position):
+def weighting(run, weights, mask):
+    """What the loss is weighted by: the weights, or as a control hard ones. [B, T] -> [B, T]"""
+    if run.config.token_weights == "soft":
+        return weights
+    return hard_weights(weights, mask)
+
+def hard_weights(weights, response_mask):
+    """A control: the heavier half of each row's tokens, all alike and with mean 1, the others 0.
+    weights, response_mask [B, T] -> [B, T], zero off the mask."""
+    lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
+    half = (lengths + 1) // 2
+    order = weights.argsort(dim=1, descending=True, stable=True)
+    places = order.argsort(1)  # of each token in its row, from the heaviest on
+    return (places < half) * lengths / half.clamp(min=1)
+
+# --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
+
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values [n, heads, L, d] with free slots, into which the coming tokens are written:
+    appending would copy all of them for every token."""
+
+    def __init__(self, slot):
         super().__init__()
-        self.position = position  # [1], the slot of the token that is fed in
+        self.slot = slot  # [1], where the token that is fed in belongs
 
     def update(self, keys, values, *args, **kwargs):
-        """The first call brings the prompts' keys and values, each later one those of a token, for
-        the room that `make_room` made. -> all of them, with the room, [n, heads, L, d]"""
-        keys = keys.to(values.dtype)
+        """The first call brings the prompts' keys and values, each later one those of a token."""
+        keys = keys.to(values.dtype)  # under autocast rotary embeddings leave them in float32
         if not self.is_initialized:
             return super().update(keys, values)
-        self.keys.index_copy_(2, self.position, keys)
-        self.values.index_copy_(2, self.position, values)
+        self.keys.index_copy_(2, self.slot, keys)
+        self.values.index_copy_(2, self.slot, values)
         return self.keys, self.values
 
-def rope_parameters(config):
-    """Of a model with rotary positions; else empty."""
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is None:
-        return {}
-    return parameters
+def can_preallocate(model, cache):
+    """Whether free slots and CUDA graphs suit a model: not if it has sliding windows, linear
+    attention or ALiBi, or positions that depend on the longest row. Those keep the cache that
+    transformers gives them."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
+            and model.config._attn_implementation == "sdpa"
+            and all(type(layer) is DynamicLayer for layer in cache.layers))
 
-class RolloutCache(transformers.DynamicCache):
-    """A cache from which rows can be removed. Its layers have room if all of them attend to all
-    tokens, by torch's own attention and with rotary positions. Else they are transformers' own."""
+class Decoder:
+    """The responses to b prompts, drawn token by token; n of them are still being written. `step`
+    changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes them anew."""
 
-    def __init__(self, model, position):
-        super().__init__(config=model.config)
-        self.position = position  # [1], the slot of the token that is fed in
-        config = model.config.get_text_config()
-        rope = rope_parameters(config)
-        # These ask the GPU for the length, which a CUDA graph cannot record.
-        asks_for_length = rope.get("rope_type") in ("dynamic", "longrope")
-        rotary = len(rope) > 0 and not asks_for_length
-        alibi = getattr(config, "alibi", False)
-        torch_attention = model.config._attn_implementation == "sdpa"
-        plain = all(type(layer) is DynamicLayer for layer in self.layers)
-        self.roomy = rotary and not alibi and torch_attention and plain
-        if self.roomy:
-            self.layers = [RoomyLayer(position) for _ in self.layers]
+    def __init__(self, policy, prompts, uniforms):
+        """Feed in the prompts, lists of ids, and draw the first token of each row."""
+        self.policy = policy
+        self.uniforms = uniforms.to(DEVICE)  # [b, T]
+        self.tokens = torch.zeros_like(self.uniforms, dtype=torch.long)
+        self.log_probs = torch.zeros_like(self.uniforms, dtype=torch.float32)
+        self.entropy = torch.zeros_like(self.log_probs)
+        self.rows = torch.arange(len(prompts), device=DEVICE)  # [n], which of the b they are
+        ids = [torch.tensor(prompt) for prompt in prompts]
+        ids = pad_sequence(ids, batch_first=True, padding_side="left").to(DEVICE)
+        self.width = ids.shape[1]
+        self.slots = torch.arange(self.width, device=DEVICE)  # [L], all that the cache has
+        self.slot = self.slots[-1:].clone()  # [1], that of the newest token
+        padding = [[self.width - len(prompt)] for prompt in prompts]
+        self.padding = torch.tensor(padding, device=DEVICE)  # [n, 1], slots on the left
+        self.cache = transformers.DynamicCache(config=policy.model.config)
+        self.preallocated = can_preallocate(policy.model, self.cache)
+        if self.preallocated:
+            self.cache.layers = [PreallocatedLayer(self.slot) for _ in self.cache.layers]
+        attention = self.slots >= self.padding  # [b, width]
+        positions = (self.slots - self.padding).clamp(min=0)
+        self.ids = self.draw(ids, attention, positions)  # [n, 1]
 
-    def make_room(self, attention, going, used, room):
-        """Keep only the rows `going`, their `used` slots, and add room for more. -> attention"""
-        if self.roomy:
-            while (used + room) % 8:  # attention kernels want widths of 8
-                room += 1
-            for layer in self.layers:
-                keys = layer.keys[going, :, :used]  # [n, heads, used, d]
-                values = layer.values[going, :, :used]
-                layer.keys = F.pad(keys, (0, 0, 0, room))  # behind `used`
-                layer.values = F.pad(values, (0, 0, 0, room))
+    def draw(self, ids, attention, positions):
+        """Feed ids to the model and draw the next token of each row. -> [n, 1]"""
+        output = self.policy.model(
+            input_ids=ids, attention_mask=attention, position_ids=positions,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits = output.logits[:, -1] + self.policy.vocabulary_bias  # [n, V]
+        column = self.slot - (self.width - 1)  # [1], the same for all rows
+        uniforms = self.uniforms[self.rows, column]
+        tokens, log_probs, entropy = sample_tokens(logits, uniforms, self.policy.temperature)
+        self.tokens[self.rows, column] = tokens
+        self.log_probs[self.rows, column] = log_probs
+        self.entropy[self.rows, column] = entropy
+        return tokens[:, None]
+
+    def step(self):
+        """Feed in the last token of each row and draw the next."""
+        self.slot.add_(1)
+        attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
+        if self.preallocated:
+            attention = attention[:, None, None]  # as torch's attention takes it
         else:
-            self.reorder_cache(going)  # made for beam search: here it keeps these rows
-        return F.pad(attention[going, :used], (0, room))
+            attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
+        positions = self.slot - self.padding  # [n, 1]
+        self.ids.copy_(self.draw(self.ids, attention, positions))
 
-    def mask(self, attention):
-        """The attention mask of the last token, in the form that the layers want."""
-        if self.roomy:
-            return attention[:, None, None]  # [n, 1, 1, L] bool
-        return attention[:, :self.position.item() + 1]  # [n, length]
+    def keep_rows(self, keep, room):
+        """Go on with some of the n rows, bool [n], and make room for so many tokens."""
+        self.rows = self.rows[keep]
+        self.ids = self.ids[keep]
+        self.padding = self.padding[keep]
+        used = self.slot.item() + 1
+        total = 8 * math.ceil((used + room) / 8)  # attention kernels want widths of 8
+        self.slots = torch.arange(total, device=DEVICE)  # [L]
+        self.cache.reorder_cache(keep.nonzero()[:, 0])  # made for beam search: it takes these rows
+        if self.preallocated:
+            free = (0, 0, 0, total - used)  # none beside d, so many slots behind those in use
+            for layer in self.cache.layers:
+                keys = layer.keys[:, :, :used]
+                values = layer.values[:, :, :used]
+                layer.keys = F.pad(keys, free)
+                layer.values = F.pad(values, free)
 
-def repeat(step, times, capture):
-    """Run step() `times` times. With capture its kernels are recorded in a CUDA graph, which then
-    runs them without Python. They read and write the very same tensors each time."""
-    step()  # which also warms up what must not be recorded
-    if capture and times > 2:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: CUDA calls of other threads, such as NCCL's, do not break the recording.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            step()  # recorded, and not run
-        step = graph.replay
-    for _ in range(times - 1):
-        step()
-
-def left_padded(prompts):
-    """Lists of ids, padded on the left -> ids, attention bool, both [b, longest]"""
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
-    ids = ids.to(DEVICE)
-    return ids.clamp(min=0), ids >= 0
+    def decode(self, steps):
+        """So many steps. In a CUDA graph their kernels run without Python in between."""
+        step = self.step
+        step()  # which also warms up what must not be recorded
+        if self.policy.use_cuda_graph and self.preallocated and steps > 2:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: CUDA calls of other threads, such as NCCL's, do not break the recording.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                step()  # recorded, and not run
+            step = graph.replay
+        for _ in range(steps - 1):
+            step()
 
 # --- The command line ----------------------------------------------------------------------------
 
 class UserError(Exception):
-    """A user's mistake. Its text is one line: what is wrong, where, and what to do."""
+    """A user's mistake, which `main` shows as one line."""
 
 @contextlib.contextmanager
-def explain(what, advice):
-    """Turn whatever a library raises on a user's file into one line."""
+def user_file(name):
+    """What fails in here is a user's file and not the program: a line instead of a traceback."""
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
-        if type(error) is not ValueError:  # which needs no name: most are ours
-            cause = f"{type(error).__name__}: {cause}"
-        raise UserError(f"{what}: {cause}; {advice}") from error
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
-
-    def error(self, message):
-        raise UserError(f"settings: {message}; see --help")
-
-def make_parser():
-    """A flag for each setting."""
-    parser = Parser(description=__doc__.splitlines()[0], usage="fire_opd.py [--SETTING VALUE ...]",
-                    allow_abbrev=False)
-    for item in dataclasses.fields(Config):
-        if item.name == "tiny":
-            continue
-        options = {"type": item.type}
-        if item.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif item.type is list:
-            options = {"action": "extend", "nargs": "+"}
-        elif get_args(item.type):  # of a Literal
-            options = {"choices": get_args(item.type)}
-        text = item.metadata["help"]
-        if item.default not in ("", dataclasses.MISSING):
-            text += f" [{item.default}]"
-        flag = "--" + item.name.replace("_", "-")
-        parser.add_argument(flag, help=text, **options)
-    return parser
-
-def as_flags(settings):
-    """{"lr": 0.1, "shard": true} -> ["--lr=0.1", "--shard"], so that a file is checked as flags."""
-    flags = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if name not in vars(Config()):
-            raise ValueError(f"{name!r} is not a setting")
-        if name == "teacher" and isinstance(value, list):
-            for x in value:
-                flags.append(f"--{flag}={x}")
-        elif value is True:
-            flags.append(f"--{flag}")
-        elif value is False:
-            flags.append(f"--no-{flag}")
-        elif isinstance(value, (int, float, str)):
-            flags.append(f"--{flag}={value}")
-        else:
-            raise ValueError(f"{name} must be a string or a number, got {value}")
-    return flags
+        raise UserError(f"{name}: {type(error).__name__}: {error}") from error
 
 def parse_config(argv=()):
     """Defaults, then the JSON file, then the command line. No models given: tiny_config.json."""
-    parser = make_parser()
-    config = parser.parse_args(argv, Config())  # a first time, to find --config
+    parser = transformers.HfArgumentParser(
+        Config, usage="fire_opd.py [--setting value ...]", allow_abbrev=False)
+    config = parser.parse_args(argv)  # a first time, to find --config
     path = config.config
     if not path and not config.teacher and not config.student and not config.prompts:
-        path = str(Path(__file__).with_name("tiny_config.json"))
+        path = Path(__file__).with_name("tiny_config.json")
+    words, tiny = [], {}
     if path:
-        with explain(f"config {path}", "give a JSON object of settings"):
+        with user_file(path):
             settings = json.loads(Path(path).read_text(encoding="utf-8"))
             tiny = settings.pop("tiny", {})
-            if config.teacher:  # the command line's replace the file's, they are not added
-                settings.pop("teacher", None)
-            config = parser.parse_args([*as_flags(settings), *argv], Config(tiny=tiny))
-    config.config = path
-    folder = Path(path).parent
-    if path and config.resume and not config.output_dir:
+        for name, value in settings.items():  # as flags, so that they are checked like flags
+            if value not in (None, []):
+                values = value if isinstance(value, list) else [value]
+                words += ["--" + name, *map(str, values)]
+    config = Config(**vars(parser.parse_args([*words, *argv])))
+    config.tiny = tiny
+    if config.resume and path and not config.output_dir:
+        folder = Path(path).parent
         if (folder / "metrics.jsonl").exists():  # the config.json of a run, perhaps a moved one
             config.output_dir = str(folder)
     check(config)
     return config
 
 def check(config):
-    """Bounds, and what must go together."""
-    if not 0 <= config.filter_percentile <= 100:
-        raise UserError(f"filter_percentile must be in [0, 100], got {config.filter_percentile}")
+    """What would else fail late, or be wrong without a word."""
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
-            raise UserError(f"{name} must be in [0, 1e9], got {value}")
-    for name in ("temperature", "lr", "max_grad_norm", "batch_size", "rollouts_per_prompt",
-                 "max_new_tokens", "rollout_batch_size", "micro_batch_tokens", "keep"):
+            raise UserError(f"{name} must be between 0 and 1e9, got {value}")
+    for name in ("temperature", "lr", "max_grad_norm", "batch_size", "max_new_tokens",
+                 "rollout_batch_size"):
         if getattr(config, name) == 0:
             raise UserError(f"{name} must be greater than 0")
-    if config.batch_size % config.rollouts_per_prompt or config.batch_size % WORLD_SIZE:
-        raise UserError("batch_size must be a multiple of rollouts_per_prompt and of the "
-                        f"{WORLD_SIZE} ranks, got {config.batch_size}")
-    if config.tiny and (config.teacher or config.prompts or config.eval_prompts):
-        raise UserError(f"the tiny pair of {config.config} brings its own teacher and prompts; "
-                        "leave one out")
-    if not config.tiny and not (config.teacher and config.student and config.prompts):
-        raise UserError("--teacher, --student and --prompts go together; give all three")
-    if config.steps > 999_999:
-        raise UserError("steps must be at most 999999: a checkpoint's name has six digits")
-    for path in (config.prompts, config.eval_prompts):
-        if path and not os.path.exists(path):
-            raise UserError(f"{path}: no such file, seen from the current folder; give another")
-    if config.resume and config.steps == 0:
-        raise UserError("--resume needs --steps; to evaluate a checkpoint give it as --student")
+    if config.filter_percentile > 100:
+        raise UserError(f"filter_percentile must be at most 100, got {config.filter_percentile}")
+    if config.batch_size % WORLD_SIZE:
+        raise UserError(f"batch_size must be a multiple of the {WORLD_SIZE} ranks")
+    if config.shard and WORLD_SIZE == 1:
+        raise UserError("--shard needs several ranks: start the program with torchrun")
     if config.resume and not config.output_dir:
-        raise UserError("--resume needs the folder of the run: --output-dir, or its config.json")
+        raise UserError("--resume needs the --output-dir of the run, or its config.json")
+    given = [config.teacher, config.student, config.prompts]
+    if config.tiny and any(given):
+        raise UserError("the tiny pair has its own --teacher, --student and --prompts")
+    if not config.tiny and not all(given):
+        raise UserError("give --teacher, --student and --prompts; or none of them, for the tiny "
+                        "pair of tiny_config.json or of a changed copy of it as --config")
 
 # --- Metrics and evaluation ----------------------------------------------------------------------
 
-class Stopwatch:
-    """The seconds of a step's phases. Each ends when a result is on the CPU, so a GPU has done its
-    work, but for AdamW's step, which counts in the next."""
-
-    def __init__(self):
-        self.seconds = {}
-        self.last = time.perf_counter()
-
-    def lap(self, phase):
-        """The phase ends here."""
-        now = time.perf_counter()
-        self.seconds["seconds_" + phase] = now - self.last
-        self.last = now
-
-NUMBER = (r"(?<![\d.])[-\u2212]?"  # a sign, not inside of another number
-          r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d*\.\d+|\d+)"  # 1,234 or .5 and 3.5 or 12
-          r"(?:\.\d+)?(?:/\d+)?")  # 1,234.5 and 3/4
-
 def final_answer(text):
     """What stands in the last \\boxed{...}, or else the last number, or else all of it."""
-    _, box, rest = text.rpartition("\\boxed{")
-    if box:
-        depth = 1
-        for end, character in enumerate(rest):
-            if character == "{":
-                depth += 1
-            elif character == "}":
-                depth -= 1
-            if depth == 0:
-                return rest[:end]
-    numbers = re.findall(NUMBER, text)
-    if numbers:
-        return numbers[-1]
-    return text
-
-def normalized(text):
-    """An answer without what does not matter: spaces, $, %, \\text, \\left, thousands separators,
-    trailing zeros of decimals, and with one way to write minus, fractions and 0.5."""
-    text = text.replace("\u2212", "-")
-    text = re.sub("[dt]frac", "frac", text)
-    text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\\left|\\right|\\[,!;]|\{,\}|\\?[$%]|\s", "", text).rstrip(".,")
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,234
-    text = re.sub(r"^(-?)\.", r"\g<1>0.", text)  # .5
-    return re.sub(r"(\.\d*[1-9])0+$|\.0+$", r"\1", text)  # 1.50, 3.0
-
-def is_correct(response, answer):
-    """Whether a response is the answer or ends in it; the answer may be a worked solution."""
-    if "\\boxed{" in answer:
-        answer = final_answer(answer)
-    answer = normalized(answer.split("####")[-1])  # as the solutions of GSM8K end
-    return answer in (normalized(response), normalized(final_answer(response)))
+    text = text.split("####")[-1]  # as the solutions of GSM8K end
+    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # braces in it one level deep
+    # A minus behind a digit, a letter or a bracket is no sign.
+    numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
+    found = boxes or numbers or [text]
+    answer = re.sub(r"[\s$,]", "", found[-1])
+    answer = answer.rstrip(".")
+    if re.fullmatch(r"-?\d+\.\d+", answer):  # 72.0 is 72
+        answer = answer.rstrip("0").rstrip(".")
+    return answer
 
 def correctness(run, rollouts):
-    """Which rollouts [B] are correct: 1 or 0, NaN where no answer is known."""
+    """Which rollouts [B] end in the answer: 1 or 0, NaN where no answer is known."""
     correct = torch.full((len(rollouts.prompts),), math.nan)
     for i, prompt in enumerate(rollouts.prompts):
         if prompt.answer is not None:
-            response = rollouts.ids[i][rollouts.mask[i]]
+            response = rollouts.tokens[i][rollouts.mask[i]]
             text = run.tokenizer.decode(response, skip_special_tokens=True)
-            correct[i] = is_correct(text, prompt.answer)
+            correct[i] = final_answer(text) == final_answer(prompt.answer)
     return correct
 
-def averages(run, graded, groups):
-    """Means over the tokens or trajectories of groups of rows; of an empty group they are NaN.
+def averages(run, rollouts, groups):
+    """Means over the tokens or trajectories of groups of rows; NaN if there are none.
     groups {suffix of the names: rows [B] bool}"""
-    rollouts = graded.rollouts
     correct = correctness(run, rollouts)
-    ends = is_eos(rollouts.ids, run.student.eos_ids) & rollouts.mask  # [B, L]
-    ended = ends.any(1)  # [B]
+    ends = rollouts.mask & is_eos(rollouts.tokens, run.student.eos_ids)  # [B, T]
     metrics = {}
     for suffix, rows in groups.items():
-        rows = rows & graded.scores.isfinite()
-        valid = rollouts.mask & rows[:, None]  # [B, L]
-        known = rows & correct.isfinite()
+        valid = rollouts.mask & rows[:, None]  # [B, T]
         values = {
-            "reverse_kl": (rollouts.log_probs - graded.teacher_log_probs)[valid],  # k1 estimate
-            "score": graded.scores[rows],
-            "teacher_entropy": graded.teacher_entropy[valid],
+            "reverse_kl": (rollouts.log_probs - rollouts.teacher_log_probs)[valid],  # k1 estimate
+            "score": rollouts.scores[rows],
+            "teacher_entropy": rollouts.teacher_entropy[valid],
             "student_entropy": rollouts.student_entropy[valid],
             "response_length": rollouts.mask.sum(1)[rows],
-            "truncated_ratio": ~ended[rows],
+            "truncated_ratio": ~ends.any(1)[rows],
+            "exact_match": correct[rows & correct.isfinite()],
         }
-        if known.any():
-            values["exact_match"] = correct[known]
         for name, x in values.items():
             metrics[name + suffix] = x.float().mean().item()
     return metrics
 
-def measure_step(run, graded, stopwatch):
-    """The row of a step in metrics.jsonl: of all rollouts, the kept and the dropped."""
-    keep = graded.keep
-    weights = graded.weights[graded.rollouts.mask & keep[:, None]]  # [n]
+def measure_step(run, rollouts):
+    """The figures of a step: of all rollouts, of the kept and of the dropped."""
+    keep = rollouts.keep
+    everything = torch.ones_like(keep)
+    metrics = averages(run, rollouts, {"": everything, "_kept": keep, "_dropped": ~keep})
+    metrics["keep_ratio"] = keep.float().mean().item()
+    metrics["filter_threshold"] = min(rollouts.scores[keep].tolist(), default=math.nan)
+    weights = rollouts.weights[rollouts.mask & keep[:, None]]  # [n]
     effective_size = weights.mean() ** 2 / weights.square().mean()  # 1 if all are equal
-    metrics = {
-        "step": run.step + 1,  # the one that was just done
-        "keep_ratio": keep.float().mean().item(),
-        "filter_threshold": min(graded.scores[keep].tolist(), default=math.nan),  # lowest kept
-        "weight_ess": effective_size.item(),
-    }
-    if len(run.teachers) > 1:
-        for name in run.teachers:
-            own = torch.tensor([prompt.teacher == name for prompt in graded.rollouts.prompts])
-            share = keep[own].float().mean()
-            metrics["keep_ratio/" + name] = share.item()
-    groups = {"": torch.ones_like(keep), "_kept": keep, "_dropped": ~keep}
-    metrics |= averages(run, graded, groups)
-    stopwatch.lap("metrics")
-    metrics |= stopwatch.seconds
-    seconds = sum(stopwatch.seconds.values())
-    metrics["tokens_per_second"] = graded.rollouts.mask.sum().item() / seconds
+    metrics["weight_ess"] = effective_size.item()
+    for phase, seconds in run.seconds.items():
+        metrics["seconds_" + phase] = seconds
+    metrics["tokens_per_second"] = rollouts.mask.sum().item() / sum(run.seconds.values())
     if DEVICE == "cuda":
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics
 
+def evaluate_if_due(run):
+    """Before, during and after the run. An evaluation that a kill has prevented is not in the log,
+    and --resume makes up for it."""
+    done = {row["step"] for row in run.log if "eval/score" in row}
+    if run.step not in done and (run.step == 0 or due(run, run.config.eval_every)):
+        evaluate(run)
+
 def evaluate(run):
     """One response to each held-out prompt, from the same random numbers in every evaluation."""
-    run.evaluated = run.step
     if not run.eval_prompts:
         return
-    prompts = run.eval_prompts
-    rollouts = rollout(run, prompts, (run.config.seed, EVALUATE))
-    teacher_log_probs, teacher_entropy = score(run, rollouts)
-    scores = trajectory_scores(teacher_log_probs, rollouts.mask)
-    everything = torch.ones(len(prompts), dtype=torch.bool)
-    graded = Graded(rollouts, teacher_log_probs, teacher_entropy, scores, everything, None)
-    groups = {"": everything}
-    for domain in sorted({prompt.domain for prompt in prompts} - {""}):
-        own = [prompt.domain == domain for prompt in prompts]
+    r = rollout(run, run.eval_prompts, (run.config.seed, EVALUATE))
+    r.teacher_log_probs, r.teacher_entropy = score(run, r)
+    r.scores = trajectory_scores(r.teacher_log_probs, r.mask)
+    groups = {"": torch.ones(len(r.prompts), dtype=torch.bool)}
+    for domain in sorted({prompt.domain for prompt in r.prompts} - {""}):
+        own = [prompt.domain == domain for prompt in r.prompts]
         groups["/" + domain] = torch.tensor(own)
-    metrics = averages(run, graded, groups)
-    row = {"step": run.step}
-    shown = []
-    for name, x in metrics.items():
+    row = {}
+    for name, x in averages(run, r, groups).items():
         row["eval/" + name] = x
-        if name.startswith(("exact_match", "reverse_kl")):
-            shown.append(f"{name} {x:.3f}")
-    print0(f"step {run.step}: evaluation: " + ", ".join(shown[:20]))
+    for suffix in groups:
+        print0(f"step {run.step}: eval{suffix}: reverse_kl {row['eval/reverse_kl' + suffix]:.3f}, "
+               f"exact_match {row['eval/exact_match' + suffix]:.3f}")
     log(run, row)
-    write_report(run)
 
-# --- The screen and the log ----------------------------------------------------------------------
+# --- The screen, the log and the report ----------------------------------------------------------
 
 def print0(text):
-    """A line on the screen, from rank 0. A terminal that was closed does not end a run."""
+    """A line on the screen, from rank 0."""
     if RANK == 0:
-        with contextlib.suppress(OSError):
-            print(text, flush=True)
-
-def on_terminal():
-    """Whether somebody may be watching the bars. Without a console there is no stderr."""
-    if RANK > 0 or sys.stderr is None:
-        return False
-    return sys.stderr.isatty()
+        print(text, flush=True)
 
 def progress(label, iterable):
-    """A bar for those who wait, on a terminal only."""
-    return tqdm(iterable, label, leave=False, disable=not on_terminal())
+    """A bar for those who wait; None: only at a terminal."""
+    return tqdm(iterable, label, leave=False, disable=None if RANK == 0 else True)
 
-def log(run, row):
-    """Append a line to metrics.jsonl. JSON has no NaN: such a figure is null."""
-    if RANK == 0 and run.config.steps > 0:
-        for name, x in row.items():
-            if not math.isfinite(x):
-                row = row | {name: None}
-        path = Path(run.config.output_dir, "metrics.jsonl")
-        with explain(path, "make room and --resume"):
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+def log(run, metrics):
+    """Append a row to the log and to metrics.jsonl. JSON has no NaN: such a figure is null."""
+    row = {"step": run.step}
+    for name, x in metrics.items():
+        row[name] = x if math.isfinite(x) else None
+    run.log.append(row)
+    if RANK == 0:
+        with open(Path(run.config.output_dir, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
 
-def read_log(folder):
-    """The rows of metrics.jsonl, in order; those of evaluations have no loss."""
-    rows = []
-    for line in Path(folder, "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a kill may have torn the last line
-            rows.append(json.loads(line))
-    return rows
+def examples(run, rollouts, count):
+    """The first rollouts that were kept, and the first that were dropped. -> dicts, in which tokens
+    are tuples of text, weight, log pi_T, log pi_S, H_T and H_S"""
+    tables = (rollouts.weights, rollouts.teacher_log_probs, rollouts.log_probs,
+              rollouts.teacher_entropy, rollouts.student_entropy)
+    dicts = []
+    for word, rows in (("kept", rollouts.keep), ("DROPPED", ~rollouts.keep)):
+        for i in rows.nonzero()[:count, 0].tolist():
+            own = rollouts.mask[i]
+            ids = rollouts.tokens[i, own]
+            texts = [run.tokenizer.decode(token) for token in ids]
+            figures = [table[i, own].tolist() for table in tables]
+            dicts.append({
+                "verdict": f"{word}, score {rollouts.scores[i]:.3f}",
+                "prompt": run.tokenizer.decode(rollouts.prompts[i].ids),
+                "response": run.tokenizer.decode(ids),
+                "tokens": list(zip(texts, *figures))})
+    return dicts
 
-def report_step(run, graded, metrics):
-    """Log a step, print it, and save rollouts for the report; print some of the first and last."""
+def report_step(run, rollouts, metrics):
+    """Log a step and print it; of the first and last also a rollout that was kept, and another."""
     log(run, metrics)
     print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
            f"length {metrics['response_length']:.0f}, "
            f"{metrics['tokens_per_second']:.0f} tokens/s")
     if metrics["skipped_updates"]:
-        print0(f"warning: step {run.step}: no update: nothing was kept, or something is not finite")
-    if RANK == 0:
-        kept = graded.keep.nonzero()[:2, 0].tolist()
-        dropped = (~graded.keep).nonzero()[:2, 0].tolist()
-        save_examples(run, graded, kept + dropped)
-        if run.step in (1, run.config.steps):
-            for i in kept[:1] + dropped[:1]:
-                print0(rollout_text(run, graded, i))
-
-def verdict(graded, i):
-    """What became of row i."""
-    word = "kept" if graded.keep[i] else "DROPPED"
-    return f"{word}, score {graded.scores[i]:.3f}"
-
-def least_likely(run, graded, i):
-    """The three tokens of row i that its teacher found least likely."""
-    positions = graded.rollouts.mask[i].nonzero()[:, 0]
-    log_probs = graded.teacher_log_probs[i, positions]
-    tokens = []
-    for j in log_probs.argsort()[:3]:
-        token = run.tokenizer.decode(graded.rollouts.ids[i, positions[j]])
-        tokens.append(f"{token!r} {log_probs[j]:.2f}")
-    return "least likely to the teacher (log pi_T): " + ", ".join(tokens)
-
-def rollout_text(run, graded, i):
-    """Row i in a few lines."""
-    rollouts = graded.rollouts
-    prompt = run.tokenizer.decode(rollouts.prompts[i].ids)
-    ids = rollouts.ids[i]
-    response = run.tokenizer.decode(ids[rollouts.mask[i]])
-    return (f"{verdict(graded, i)}: {prompt[-80:]!r} -> {response[-400:]!r}\n"
-            f"    {least_likely(run, graded, i)}")
+        print0("warning: no update: nothing was kept, or something is not finite")
+    if run.step in (1, run.config.steps):
+        for x in examples(run, rollouts, 1):
+            prompt = x["prompt"][-80:]
+            response = x["response"][-400:]
+            print0(f"{x['verdict']}: {prompt!r} -> {response!r}")
 
 def summarize(run):
-    """What changed from first to last, and the commands to type next."""
-    if RANK > 0 or run.step == 0:
-        return
-    write_report(run)
-    folder = run.config.output_dir
-    rows = read_log(folder)
+    """What changed from first to last, and how to go on."""
     print0(f"\n{'':24}{'first':>12}{'last':>12}")
-    for name in [*eval_names(rows, "exact_match"), "eval/reverse_kl", "reverse_kl",
-                 "keep_ratio", "response_length"]:
-        values = [row[name] for row in rows if row.get(name) is not None]
-        if values:
+    names = {name for row in run.log for name in row}
+    for name in sorted(names):
+        values = [row[name] for row in run.log if row.get(name) is not None]
+        if values and re.fullmatch("(eval/)?(exact_match|reverse_kl)(/.*)?", name):
             print0(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
-    quoted = shlex.quote(folder)
-    program = f"python {shlex.quote(os.path.relpath(__file__))} --config {quoted}/config.json"
-    newest = checkpoints(folder)[-1].name
-    steps = run.config.steps
-    if run.step == steps:
-        steps *= 2  # all are done: as many again
-    print0(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl, "
-           f"curves and rollouts in {folder}/report.html. Next:\n"
-           f"  go on     {program} --resume --steps {steps}\n"
-           f"  evaluate  {program} --output-dir {quoted} --steps 0 --student {quoted}/{newest}\n"
-           f"  use       transformers.pipeline('text-generation', '{folder}/{newest}')")
-
-def eval_names(rows, metric):
-    """The names of a held-out metric in the log: for all prompts, and for some domains."""
-    first = rows[0]  # the evaluation before the run, if there is one
-    names = [name for name in first if name.startswith("eval/" + metric)]
-    return names[:7]
-
-# --- report.html: curves, scores and rollouts, in one page without a script ----------------------
-
-PAGE = """<!doctype html>
-<html><head><meta charset="utf-8"/><title>{title}</title>
-<meta name="viewport" content="width=device-width"/>
-<meta name="color-scheme" content="light dark"/><style>
-.fire-opd {{ font: 15px/1.6 sans-serif; max-width: 62em; margin: 1em auto; padding: 0 1em }}
-.fire-opd figure {{ display: inline-block; width: min(100%, 29em); margin: 0 1em 1em 0 }}
-.fire-opd svg {{ width: 100% }}
-.fire-opd text {{ font-size: 11px; fill: currentColor }}
-.fire-opd p {{ overflow-wrap: anywhere }}
-</style></head><body><div class="fire-opd"><h2>{title}</h2>
-{body}
-</div></body></html>
-"""
-LEGEND = """<p>A token's shade is its weight:
-<span style="background:rgba(255,140,0,0.6)">more than 1</span>,
-<span style="background:rgba(70,130,255,0.6)">less than 1</span>;
-its figures appear under the mouse.</p>
-"""
-COLORS = ["#3b82f6", "#16a34a", "#dc2626", "#d97706", "#9333ea", "#0891b2", "#65a30d"]
-
-def scaled(value, low, high, start, end):
-    """Where a value lies on an axis that shows `low` at pixel `start` and `high` at `end`."""
-    share = (value - low) / (high - low + 1e-9)
-    return round(start + share * (end - start), 1)
-
-def chart(rows, names):
-    """Some metrics over the steps, with axes and the last values. -> HTML"""
-    curves = {}
-    heights = [0]
-    for name in names:
-        points = []
-        for row in rows:
-            if row.get(name) is not None:
-                points.append((row["step"], row[name]))
-        if points:
-            every = len(points) // 300 + 1  # some 300 points are enough
-            curves[name] = points[::every] + points[-1:]
-            heights += [y for x, y in points]
-    if not curves:
-        return ""
-    low, high = min(heights), max(heights)
-    last = rows[-1]["step"]
-    legend, lines = "", ""
-    for color, (name, points) in zip(COLORS, curves.items()):
-        places = ""
-        for x, y in points:
-            places += f"{scaled(x, 0, last, 50, 390)},{scaled(y, low, high, 150, 10)} "
-        lines += f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{places}"/>'
-        legend += f' <b style="color:{color}">{html.escape(name)} {points[-1][1]:.3f}</b>'
-    return (f'<figure><figcaption>{legend}</figcaption><svg viewBox="0 0 400 175">{lines}'
-            f'<path d="M50,10 V150 H390" fill="none" stroke="currentColor"/>'
-            f'<text x="46" y="15" text-anchor="end">{high:.3g}</text>'
-            f'<text x="46" y="150" text-anchor="end">{low:.3g}</text><text x="50" y="166">0</text>'
-            f'<text x="390" y="166" text-anchor="end">step {last}</text></svg></figure>\n')
-
-def score_strip(graded):
-    """The scores of one step as dots, a row for each domain, and a line at the lowest that was
-    kept. -> HTML"""
-    prompts = graded.rollouts.prompts
-    domains = sorted({prompt.domain for prompt in prompts})[:6]
-    scores = graded.scores.tolist()
-    finite = [score for score in scores if math.isfinite(score)]
-    low = min(finite, default=0)
-    high = max(finite, default=0)
-    bottom = 22 * len(domains)
-    marks = ""
-    for line, domain in enumerate(domains):
-        y = 22 * line + 10
-        marks += f'<text x="0" y="{y + 6}">{html.escape(domain[:8])}</text>'
-        for i, prompt in enumerate(prompts):
-            if prompt.domain == domain and math.isfinite(scores[i]):
-                x = scaled(scores[i], low, high, 60, 690)
-                color = COLORS[2]
-                if graded.keep[i]:
-                    color = COLORS[1]
-                spread = i % 5  # so that fewer dots hide each other
-                marks += (f'<circle cx="{x}" cy="{y + spread}" r="4" fill="{color}" '
-                          'fill-opacity="0.5"/>')
-    lowest = min(graded.scores[graded.keep].tolist(), default=high)
-    x = scaled(lowest, low, high, 60, 690)
-    return (f'<p>Scores from {low:.2f} to {high:.2f}, <b style="color:{COLORS[1]}">kept</b> and '
-            f'<b style="color:{COLORS[2]}">dropped</b>; the lowest that was kept is '
-            f'{lowest:.3f}</p><svg viewBox="0 0 700 {bottom}">{marks}'
-            f'<path d="M{x},0 V{bottom}" stroke="currentColor"/></svg>\n')
-
-def rollout_html(run, graded, i):
-    """Row i: prompt and tokens, shaded by how far their weight is from 1. -> HTML"""
-    rollouts = graded.rollouts
-    prompt = run.tokenizer.decode(rollouts.prompts[i].ids)[-300:]
-    positions = rollouts.mask[i].nonzero()[:, 0].tolist()
-    tokens = ""
-    for t in positions[:300]:
-        weight = graded.weights[i, t].item()
-        shade = "none"
-        if graded.keep[i]:
-            color = "255,140,0" if weight > 1 else "70,130,255"
-            shade = f"rgba({color},{min(0.9, 1.5 * abs(weight - 1)):.2f})"
-        title = (f"log pi_T {graded.teacher_log_probs[i, t]:.2f}, "
-                 f"log pi_S {rollouts.log_probs[i, t]:.2f}, "
-                 f"H_T {graded.teacher_entropy[i, t]:.2f}, "
-                 f"H_S {rollouts.student_entropy[i, t]:.2f}, w {weight:.2f}")
-        text = html.escape(run.tokenizer.decode(rollouts.ids[i, t]))
-        tokens += f'<span style="background:{shade}" title="{title}">{text}</span>'
-    if len(positions) > 300:
-        tokens += f" ... and {len(positions) - 300} more tokens"
-    return (f"<p><b>{verdict(graded, i)}</b><br/>"
-            f'<span style="opacity:0.65">{html.escape(prompt)}</span> {tokens}<br/>'
-            f"<small>{html.escape(least_likely(run, graded, i))}</small></p>\n")
-
-def save_examples(run, graded, rows):
-    """The scores of this step and some of its rollouts, for the report, in a file of their own."""
-    text = f"<h3>Step {run.step}</h3>\n{score_strip(graded)}"
-    for i in rows:
-        text += rollout_html(run, graded, i)
-    name = "first_step.html" if run.step == 1 else "last_step.html"
-    write_text(Path(run.config.output_dir, name), text)
-
-def write_text(path, text):
-    """Write a file under another name and rename it, so that it is never seen half written."""
-    with explain(path, "make room and --resume"):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-
-def write_report(run):
-    """report.html: the curves of the log, then scores and rollouts of the first and last step."""
-    folder = Path(run.config.output_dir)
-    if RANK > 0 or run.config.steps == 0:
+    folder = run.config.output_dir
+    print0(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl")
+    if run.step == 0 or RANK > 0:
         return
-    rows = read_log(folder)
-    body = ""
-    for names in (eval_names(rows, "exact_match"), eval_names(rows, "reverse_kl"),
-                  ["reverse_kl", "reverse_kl_kept", "reverse_kl_dropped"],
-                  ["keep_ratio"], ["filter_threshold"], ["response_length"]):
-        body += chart(rows, names)
-    body += LEGEND
-    for path in sorted(folder.glob("*_step.html")):  # the first, then the last
-        body += path.read_text(encoding="utf-8")
-    changed = {}
-    for name, value in vars(run.settings).items():
-        if name != "tiny" and value != getattr(Config(), name):
-            changed[name] = value
-    command = shlex.join(["python", "fire_opd.py", *as_flags(changed)])
-    body += f"<p>The run, without defaults: <code>{html.escape(command)}</code></p>"
-    title = f"FiRe-OPD: {html.escape(folder.name)}, step {run.step}"
-    write_text(folder / "report.html", PAGE.format(title=title, body=body))
+    print0(f"curves and rollouts: {folder}/report.html")
+    print0(f"for from_pretrained, vLLM or --student: {checkpoints(folder)[-1]}")
+    launcher = "python"
+    if WORLD_SIZE > 1:
+        launcher = f"torchrun --nproc-per-node {WORLD_SIZE}"
+    print0(f"go on: {launcher} {os.path.relpath(__file__)} --config {folder}/config.json --resume "
+           f"--steps {2 * run.step}")
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
+:root { color-scheme: light dark }
+body { font: 15px/1.6 sans-serif; max-width: 62em; margin: 1em auto; overflow-wrap: anywhere }
+figure { display: inline-block; vertical-align: top; width: 18em; margin: 0 1em 1em 0 }
+svg { display: block; font: 9px sans-serif; fill: currentColor }
+</style><body><script>
+const data = DATA;
+const colors = ["#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#888888"];
+const add = (parent, tag, text, color = "") => {
+  const element = parent.appendChild(document.createElement(tag));
+  element.textContent = text;
+  element.style.color = color;
+  return element;
+};
+const draw = (parent, width, height, shapes) => add(parent, "div", "").innerHTML =
+  `<svg viewBox="0 0 ${width} ${height}">${shapes.join("")}</svg>`;
+const scale = (values, start, end) => {
+  const low = Math.min(...values), high = Math.max(...values);
+  return value => start + (end - start) * (value - low) / (high - low || 1);
+};
+const to_points = row => Object.keys(row).map(
+  name => ({name, step: row.step, value: row[name]}));
+const points = data.rows.flatMap(to_points).filter(point => point.value != null);
+for (const start of ["eval/exact_match", "eval/reverse_kl", "reverse_kl", "response_length",
+                     "filter_threshold"]) {
+  const own = points.filter(point => point.name.startsWith(start));
+  if (own.length == 0) continue;
+  const values = own.map(point => point.value), figure = add(document.body, "figure", "");
+  const x = scale([0, data.step], 0, 300), y = scale(values, 90, 12), shapes = [];
+  for (const name of new Set(own.map(point => point.name))) {
+    const curve = own.filter(point => point.name == name), color = colors[shapes.length % 6];
+    const line = curve.map(point => `${x(point.step)},${y(point.value)}`).join(" ");
+    shapes.push(`<polyline fill="none" stroke="${color}" points="${line}"/>`);
+    add(figure, "div", `${name} ${curve.at(-1).value.toPrecision(3)}`, color);
+  }
+  shapes.push(`<text y="9">${Math.max(...values).toPrecision(3)}</text>`);
+  shapes.push(`<text y="102">${Math.min(...values).toPrecision(3)}</text>`);
+  draw(figure, 300, 104, shapes);
+}
+add(document.body, "h3", `Step ${data.step}: scores (mean log pi_T), with the filter's threshold`);
+["kept ", "dropped"].forEach((word, i) => add(document.body, "b", word, colors[i]));
+const scores = data.scores.filter(row => isFinite(row.score));
+const x = scale(scores.map(row => row.score), 8, 892);
+const threshold = Math.min(...scores.filter(row => row.kept).map(row => row.score));
+for (const domain of new Set(scores.map(row => row.domain))) {
+  const shapes = [`<path stroke="currentColor" d="M ${x(threshold)} 0 v 24"/>`];
+  for (const row of scores.filter(row => row.domain == domain)) shapes.push(`<circle r="4" cy="12"
+    cx="${x(row.score)}" fill="${colors[row.kept ? 0 : 1]}" fill-opacity="0.5"/>`);
+  draw(add(document.body, "div", domain), 900, 24, shapes);
+}
+add(document.body, "h3", `Step ${data.step}: tokens, orange if they weigh more than 1, else blue`);
+for (const rollout of data.rollouts) {
+  const line = add(document.body, "p", "");
+  add(line, "b", `${rollout.verdict}: `);
+  add(line, "i", rollout.prompt);
+  for (const [text, weight, ...figures] of rollout.tokens) {
+    const token = add(line, "span", text), hue = weight > 1 ? "255,140,0" : "70,130,255";
+    if (weight) token.style.background = `rgba(${hue},${1.5 * Math.abs(weight - 1)})`;
+    token.title = `w ${weight}, log pi_T, log pi_S, H_T, H_S: ${figures}`;
+  }
+}
+</script>"""
+
+def write_report(run, rollouts):
+    """report.html: curves of the log, and scores and some rollouts of the latest step."""
+    scores = []
+    for prompt, score, kept in zip(rollouts.prompts, rollouts.scores, rollouts.keep):
+        row = {"domain": prompt.domain, "score": score.item(), "kept": kept.item()}
+        scores.append(row)
+    some = examples(run, rollouts, 2)
+    data = {"step": run.step, "rows": run.log, "scores": scores, "rollouts": some}
+    text = json.dumps(data).replace("</", "<\\/")  # which would end the script
+    if RANK == 0:
+        path = Path(run.config.output_dir, "report.html")
+        path.write_text(PAGE.replace("DATA", text), encoding="utf-8")
 
 # --- Prompts -------------------------------------------------------------------------------------
 
-# The columns that are read; "group" is the old name of "domain".
-COLUMNS = ("prompt", "problem", "question", "messages", "answer", "ground_truth", "solution",
-           "teacher", "domain", "group", "tools")
-
-def text_of(content):
-    """The text of a message's content, which other tools write as a list of parts."""
-    if isinstance(content, list):
-        for part in content:
-            if part["type"] != "text":
-                raise ValueError(f"a part of type {part['type']!r} is not supported, only text")
-        return "".join(part["text"] for part in content)
-    return content
-
-def tokenize(prompt, tokenizer, config, tools=None):
-    """The ids of a prompt, a string or a list of messages, as the chat template renders it."""
-    if config.chat_template == "none" or not tokenizer.chat_template:
-        if tools or not isinstance(prompt, str):
-            raise ValueError("tools and lists of messages need a chat template")
-        ids = tokenizer(prompt, verbose=False)["input_ids"]
-        if ids[:2] == [tokenizer.bos_token_id] * 2:  # one of the text, one of the tokenizer
-            ids = ids[1:]
-        if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token):
-            ids = ids[:-1]  # the tokenizer's: but the student is to go on
-        return ids
-    messages = prompt
-    if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    if messages[-1]["role"] == "assistant":  # a row of a fine-tuning set, with its reply
-        messages = messages[:-1]
-    rendered = []
-    for message in messages:
-        text = text_of(message.get("content"))
-        rendered.append(message | {"content": text})
-    return tokenizer.apply_chat_template(
-        rendered, tools=tools, add_generation_prompt=True, return_dict=False,
-        enable_thinking=config.enable_thinking)
-
-def without_nulls(pairs):
-    """A JSON object without nulls, which some data sets write for what a row or a tool lacks."""
-    return {key: value for key, value in pairs if value is not None}
-
-def first_of(row, *keys):
-    """The value of the first of these keys that a row has, or None."""
+def first_of(row, keys):
+    """The value of the first of these keys that a row has, null being as good as none."""
     for key in keys:
-        if row.get(key) not in (None, "", []):
+        if row.get(key) is not None:
             return row[key]
     return None
 
+def tokenize(content, tokenizer, config):
+    """The ids of a prompt, a string or a list of messages, as the chat template renders it."""
+    if isinstance(content, str):
+        if not tokenizer.chat_template:
+            return tokenizer(content, verbose=False)["input_ids"]
+        content = [{"role": "user", "content": content}]
+    for message in content:
+        if not isinstance(message["content"], str):
+            raise UserError("the content of each message must be a string")
+    if content[-1]["role"] == "assistant":  # a row of a fine-tuning set, with its reply
+        content = content[:-1]
+    return tokenizer.apply_chat_template(
+        content, add_generation_prompt=True, return_dict=False,
+        enable_thinking=config.enable_thinking)
+
 def parse_prompt(row, tokenizer, config, vocabulary, teachers):
-    """A row of a prompt file -> Prompt; a ValueError says what is wrong with it."""
-    for key in ("messages", "tools"):
-        if isinstance(row.get(key), str):  # some data sets keep them as a string of JSON
-            row[key] = json.loads(row[key])
-    content = first_of(row, "prompt", "problem", "question", "messages")
-    answer = first_of(row, "answer", "ground_truth", "solution")
-    domain = first_of(row, "domain", "group")
+    """A row of a prompt file -> Prompt"""
+    if not isinstance(row, dict):
+        raise UserError("each line must be a JSON object")
+    content = first_of(row, ["prompt", "problem", "question", "messages"])
+    if not content or not isinstance(content, (str, list)):
+        raise UserError("give 'prompt', 'problem' or 'question' (a string), or 'messages'")
+    ids = list(tokenize(content, tokenizer, config))
+    unknown = sorted(set(ids) - vocabulary)
+    if unknown:
+        names = tokenizer.convert_ids_to_tokens(unknown)
+        raise UserError(f"its tokens {names} are not known to all models")
     teacher = row.get("teacher")
     if teacher is None and len(teachers) == 1:
         teacher = teachers[0]
-    if not isinstance(content, (str, list)):
-        raise ValueError("no prompt: give 'prompt' (a string or messages) or 'problem'")
-    if isinstance(answer, (bool, dict, list)):
-        raise ValueError(f"'answer' must be a string or a number, got {str(answer)[:60]}")
     if teacher not in teachers:
-        raise ValueError(f"teacher {teacher!r} is not one of {', '.join(teachers)}: "
-                         "give --teacher NAME=PATH")
-    ids = list(tokenize(content, tokenizer, config, first_of(row, "tools")))
-    unknown = sorted(set(ids) - vocabulary)
-    if unknown:
-        names = tokenizer.convert_ids_to_tokens(unknown[:3])
-        raise ValueError(f"its tokens {names} are not known to all models")
-    if not ids:
-        raise ValueError("the prompt has no tokens")
+        raise UserError(f"teacher {teacher!r} is not one of {teachers}")
+    answer = first_of(row, ["answer", "ground_truth", "solution"])
     if answer is not None:
         answer = str(answer)
+    domain = first_of(row, ["domain"])
     if domain is None:
         domain = ""
     return Prompt(ids, answer, teacher, str(domain))
-
-def squeezed(text):
-    """Text without what a tokenizer may change: case, runs of spaces, Unicode forms."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-def is_lost(row, ids, tokenizer):
-    """Whether a row's text is not in its tokens: a template or a tokenizer may lose it."""
-    text = first_of(row, "prompt", "problem", "question", "messages")
-    if isinstance(text, list):
-        users = [message for message in text if message.get("role") == "user"]
-        text = ""
-        if users:
-            text = text_of(users[-1].get("content"))
-    return squeezed(text) not in squeezed(tokenizer.decode(ids))
 
 def load_prompts(path, tokenizer, config, vocabulary, teachers):
     """The prompts of a JSON Lines file; those that are too long are dropped, and counted."""
     if not path:
         return []
-    prompts, unread, lost = [], set(), []
-    with explain(path, "give a JSON Lines file"):
-        lines = Path(path).read_bytes().split(b"\n")  # splitlines() would split at U+2028, too
+    with user_file(path):
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    prompts = []
     for number, line in enumerate(progress(path, lines), 1):
-        with explain(f"{path} line {number}", "each line must be a JSON object with a prompt"):
-            if not line.strip():
-                continue
-            row = json.loads(line, object_pairs_hook=without_nulls)
-            if not isinstance(row, dict):
-                raise ValueError(f"not an object: {line[:60]}")
-            prompts.append(parse_prompt(row, tokenizer, config, vocabulary, teachers))
-            unread |= row.keys() - set(COLUMNS)
-            if is_lost(row, prompts[-1].ids, tokenizer):
-                lost.append(number)
+        if line.strip():
+            with user_file(f"{path} line {number}"):
+                row = json.loads(line)
+                prompts.append(parse_prompt(row, tokenizer, config, vocabulary, teachers))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
+    print0(f"{path}: {len(kept)} of {len(prompts)} prompts have at most --max-prompt-tokens")
     if len(kept) < WORLD_SIZE:
-        raise UserError(f"{path}: of {len(prompts)} prompts {len(kept)} have at most "
-                        f"--max-prompt-tokens {config.max_prompt_tokens}; raise it or add prompts")
-    if len(lost) > len(prompts) / 2:
-        raise UserError(f"{path} line {lost[0]} and {len(lost) - 1} more: the prompt's text is not "
-                        "in its tokens; its chat template or tokenizer loses it, try another")
-    print0(f"{path}: {len(kept)} prompts of at most {config.max_prompt_tokens} tokens")
-    if len(kept) < len(prompts):
-        print0(f"warning: {path}: {len(prompts) - len(kept)} longer prompts are dropped")
-    if lost:
-        print0(f"warning: {path}: lines that lose some of their text as tokens: {lost}")
-    if unread:
-        print0(f"warning: {path}: columns that are not read: {sorted(unread)}")
+        raise UserError(f"{path}: fewer prompts than ranks; add some, or raise --max-prompt-tokens")
     return kept
 
 # --- Models --------------------------------------------------------------------------------------
-
-@dataclass
-class Source:
-    """A checkpoint before its weights are loaded."""
-    name: str  # student, or the teacher's
-    folder: Path
-    config: object
-    tokenizer: object
 
 def teacher_paths(config):
     """["math=PATH", "code=PATH"] -> {"math": PATH, "code": PATH}; a lone PATH is "teacher"."""
     paths = {}
     for entry in config.teacher:
-        name, path = "teacher", entry
-        named = re.fullmatch(r"([\w-]+)=(.+)", entry)
-        if named and not os.path.isdir(entry):
-            name, path = named.groups()
+        name, equals, path = entry.partition("=")
+        if not equals or os.path.isdir(entry):
+            name, path = "teacher", entry
         if name in paths or name == "student":
             raise UserError(f"--teacher {entry}: give each teacher a NAME=PATH of its own")
         paths[name] = path
     return paths
 
-def open_source(name, path):
-    """A folder, or a name on the hub; what cannot be supported is refused. -> Source"""
-    folder = Path(path)
-    if not folder.is_dir():
-        with explain(f"{name} {path}",
-                     "no such folder; give one, or a hub name such as Qwen/Qwen3-0.6B"):
-            # What transformers would load: no other formats, no copy of the weights in a subfolder.
-            folder = Path(huggingface_hub.snapshot_download(
-                str(path), etag_timeout=5, ignore_patterns=["*/*", "consolidated*"],
-                allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
-    with explain(f"{name} {path}", "give a complete checkpoint folder, tokenizer included"):
-        if (folder / "adapter_config.json").exists():
-            raise ValueError("this is a LoRA adapter: merge it into its base model")
-        options = {"local_files_only": True, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling",
-                    "lm_head_multiplier"):
-            if getattr(config.get_text_config(), key, None) not in (None, 1):
-                raise ValueError(f"its {key} is not supported: logits must be hidden @ W.T")
-    return Source(name, folder, config, tokenizer)
-
-def check_positions(source, longest):
-    """Whether the model has as many positions as the longest prompt and response need."""
-    config = source.config.get_text_config()
-    limit = getattr(config, "max_seq_len", math.inf)
-    limit = getattr(config, "max_position_embeddings", limit)
-    rope = rope_parameters(config)
-    for parameters in [rope] + list(rope.values()):  # some models have one for each type of layer
-        if isinstance(parameters, dict):
-            original = parameters.get("original_max_position_embeddings") or limit
-            if parameters.get("rope_type") == "yarn":
-                limit = int(parameters["factor"] * original)
-            elif parameters.get("rope_type") in ("longrope", "dynamic"):
-                limit = original  # beyond it, a batch's longest row would change the others
-    if longest > limit:
-        raise UserError(f"{source.name} {source.folder}: prompt and response may take {longest} "
-                        f"tokens, its positions end at {limit}; lower --max-new-tokens or "
-                        "--max-prompt-tokens")
-
-def tokens_by_id(source):
-    """{id: token} of a tokenizer's whole vocabulary."""
-    vocabulary = source.tokenizer.get_vocab()
-    return {i: token for token, i in vocabulary.items()}
-
-def shared_vocabulary(student, teachers):
+def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-
-    Compared id by id: that embeddings are equally wide proves nothing, since they are padded.
-    """
-    ours = tokens_by_id(student)
+    That embeddings are equally wide proves nothing, since they are padded.
+    configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
+    tokens = {}  # name -> {id: token}
+    for name, tokenizer in tokenizers.items():
+        tokens[name] = {i: token for token, i in tokenizer.get_vocab().items()}
+    ours = tokens["student"]
     shared = set(ours)
-    for source in [student] + teachers:
-        theirs = tokens_by_id(source)
-        rows = source.config.get_text_config().vocab_size
-        shared = {i for i in shared & theirs.keys() if i < rows}
-        differ = {i for i in shared if theirs[i] != ours[i]}
-        # A reserved token of another name is no mistake: it is left out, and never sampled.
-        wrong = sorted(differ - source.tokenizer.added_tokens_decoder.keys())
-        if wrong or not shared:
+    for name, theirs in tokens.items():
+        differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
+        # An added token of another name, often a reserved one, is no mistake: it is left out.
+        wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
+        if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
-            raise UserError(f"teacher {source.name}: {len(wrong)} of the student's {len(ours)} ids "
-                            f"differ: {examples}; choose a pair that shares them")
-        shared -= differ
-    print0(f"vocabulary: {len(shared)} ids are sampled and graded")
-    if len(shared) < len(ours):
-        print0(f"warning: vocabulary: {len(ours) - len(shared)} ids of the student are left out: "
-               "without an embedding, unknown to a teacher, or of another name there")
+            raise UserError(f"{name}: {len(wrong)} of the student's {len(ours)} ids are other "
+                            f"tokens, as {examples}; the models must share a tokenizer")
+        rows = configs[name].get_text_config().vocab_size
+        shared &= {i for i in theirs.keys() - differ if i < rows}
+    print0(f"vocabulary: {len(shared)} of the student's {len(ours)} tokens are sampled and graded")
     return shared
 
-def end_ids(model, tokenizer, config):
-    """What ends a response: the checkpoint's ids, and the chat template's end of turn."""
+def end_ids(path, config, tokenizer):
+    """All ids that end a response, as a checkpoint's files list them."""
+    generation = GenerationConfig()
+    with contextlib.suppress(OSError):  # there may be no file of it
+        generation = GenerationConfig.from_pretrained(path)
     ids = set()
-    for holder in (model.generation_config, model.config, tokenizer):
+    for holder in (tokenizer, config, generation):
         listed = getattr(holder, "eos_token_id", None)
-        if not isinstance(listed, list):
-            listed = [listed]
-        ids.update(listed)
-    if tokenizer.chat_template and config.chat_template == "auto":
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@reply@"}]
-        with contextlib.suppress(Exception):  # some templates cannot show a reply
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-            tail = text.split("@reply@")[-1].lstrip()
-            first = tokenizer(tail, add_special_tokens=False)["input_ids"][0]
-            if first in tokenizer.all_special_ids or first in tokenizer.added_tokens_decoder:
-                ids.add(first)
+        ids.update(listed if isinstance(listed, list) else [listed])
     return ids - {None}
 
-def load_model(source, dtype):
-    """A causal LM on the CPU: complete, frozen, in eval mode. With dropout, the policy that is
-    trained would be another than the one that wrote the rollouts."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, use_safetensors=True, local_files_only=True,
-        trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True)
-    broken = list(info["missing_keys"]) + list(info["mismatched_keys"])
-    if broken:
-        raise ValueError(f"{len(broken)} weights are missing or of another shape, such as "
-                         f"{sorted(map(str, broken))[0]}")
-    if model.base_model is model:
-        raise ValueError(f"{type(model).__name__} has no inner model: not supported")
-    return model.requires_grad_(False).eval()
-
-def load_policy(source, config, vocabulary):
-    """The student or a teacher, on its device. -> Policy"""
-    # The ranks of a node take turns, so that its memory never holds a large model twice.
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))):
-        if turn == LOCAL_RANK:
-            policy = make_policy(source, config, vocabulary)
-        barrier()
-    print0(f"{source.name}: {policy.model.num_parameters():,} parameters, "
-           f"end of sequence: {sorted(policy.eos_ids)}")
-    if not policy.eos_ids:
-        print0(f"warning: {source.name} has no end of sequence: responses end at --max-new-tokens")
-    return policy
-
-def make_policy(source, config, vocabulary):
-    """Load it, prepare what is trained, shard it if wanted, and move it. -> Policy"""
-    is_student = source.name == "student"
+def load_policy(name, path, eos_ids, vocabulary, config):
+    """The student, or a teacher of this name, on its device. It is in eval mode: with dropout, the
+    policy that is trained would be another than the one that wrote the rollouts."""
+    is_student = name == "student"
     dtype = compute_dtype(config)
     if is_student:
         dtype = torch.float32  # an AdamW step of 1e-6 would vanish in the rounding of bfloat16
-    with explain(f"{source.name} {source.folder}", "give a safetensors causal LM"):
-        model = load_model(source, dtype)
-        ends = end_ids(model, source.tokenizer, config)
-        if is_student and not ends <= vocabulary:
-            raise ValueError(f"its end of sequence {sorted(ends)} is not in the vocabulary that it "
-                             "shares with its teachers")
-        # Some can be read, but not saved: checkpoints take the file itself along instead.
-        model.generation_config = transformers.GenerationConfig()
-        policy = Policy(model, ends, vocabulary, config)
+    with user_file(f"{name} {path}"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+        if info["missing_keys"]:
+            raise UserError(f"it lacks the weights {sorted(info['missing_keys'])}")
+        if model.base_model is model:
+            raise UserError(f"{type(model).__name__} is not supported: it has no inner model")
+    # Some can be loaded, but not saved: checkpoints take the file itself along instead.
+    model.generation_config = GenerationConfig()
+    model.config.get_text_config().output_router_logits = False  # nothing here reads them
+    model.requires_grad_(False).eval()
+    policy = Policy(model, eos_ids, vocabulary, config)
     if is_student:
-        prepare_student(model, config)
-        # A graph with FSDP's gathers is untested; teachers do not write, but for the self-test.
-        policy.use_cuda_graph = DEVICE == "cuda" and not is_sharded(config)
-    if is_sharded(config):
+        prepare_student(policy, config)
+    if config.shard:
         apply_fsdp(policy, is_student)
+    print0(f"{name}: {model.num_parameters():,} parameters from {path}")
     return policy.to(DEVICE)
+
+def prepare_student(policy, config):
+    """What the student alone needs: gradients, and fast rollouts."""
+    # Not all of the model: a vision tower gets no gradient from text.
+    policy.model.get_decoder().requires_grad_()
+    policy.model.get_output_embeddings().requires_grad_()
+    policy.use_cuda_graph = DEVICE == "cuda" and not config.shard  # with FSDP it is untested
+    if config.gradient_checkpointing:
+        for block in blocks(policy.model):
+            block.forward = functools.partial(recomputed, block.forward)
 
 def compute_dtype(config):
     """The dtype of the teachers' weights, and of a student's matrix products."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    return torch.float32
-
-def is_sharded(config):
-    """Whether FSDP is on: one rank has nobody to share with."""
-    return config.shard and WORLD_SIZE > 1
+    if config.dtype == "auto":
+        return torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
 
 def blocks(model):
     """The transformer blocks of the text model."""
     modules = model.get_decoder().modules()
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
-
-def prepare_student(model, config):
-    """Unfreeze what is trained; recompute activations if that is wanted."""
-    # Not a vision tower: it gets no gradient from text, and DDP would wait for it.
-    model.get_decoder().requires_grad_()
-    model.get_output_embeddings().requires_grad_()
-    if config.gradient_checkpointing:
-        for block in blocks(model):
-            block.forward = functools.partial(recomputed, block.forward)
 
 def recomputed(forward, *args, **kwargs):
     """Gradient checkpointing of a block; transformers' own would need training mode."""
@@ -1646,229 +1183,199 @@ def recomputed(forward, *args, **kwargs):
     return forward(*args, **kwargs)
 
 def apply_fsdp(policy, is_student):
-    """FSDP2. A teacher's block is gathered when it runs. The student is gathered at its first
-    sampled token and stays whole until a backward pass: that takes memory, but to gather it for
-    every token would take far too long."""
+    """FSDP2. A teacher's block is gathered when it runs. The student stays whole from its first
+    sampled token to a backward pass: to gather it for every token would take far too long."""
     precision = MixedPrecisionPolicy()
-    if is_student and policy.autocast_to_bf16:  # inputs stay: uniforms in bf16 could become 1
+    if is_student and policy.bf16:  # inputs keep their dtype: uniforms in bf16 could become 1
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # The policy comes last and takes what is left: its head may be tied to its embedding.
     for module in blocks(policy.model) + [policy]:
         fully_shard(module, reshard_after_forward=not is_student, mp_policy=precision)
     register_fsdp_forward_method(policy, "sample")
 
-def load(settings):
-    """Everything a run needs; what is cheap to check comes first. -> Run"""
-    config = settings
-    if settings.tiny:
-        config = make_tiny(settings)
-    newest = newest_checkpoint(config)
-    student = open_source("student", newest or config.student)
-    paths = teacher_paths(config)  # {name: path}
-    names = list(paths)
-    teachers = [open_source(name, paths[name]) for name in names]
-    vocabulary = shared_vocabulary(student, teachers)
-    prompts = load_prompts(config.prompts, student.tokenizer, config, vocabulary, names)
-    held_out = load_prompts(config.eval_prompts, student.tokenizer, config, vocabulary, names)
-    print0(f"first prompt: {student.tokenizer.decode(prompts[0].ids)!r}")
-    longest = max(len(prompt.ids) for prompt in prompts + held_out) + config.max_new_tokens
-    for source in [student] + teachers:
-        check_positions(source, longest)
-    check_output(settings)
-    policy = load_policy(student, config, vocabulary)
-    trained, optimizer = prepare_training(policy, config)
-    run = Run(settings, config, student.tokenizer, prompts, held_out, policy, trained, optimizer,
-              files_to_export(student, policy))
-    if newest:
-        resume(run, newest)
-    warm_up_ddp(run)
-    for source in teachers:
-        run.teachers[source.name] = load_policy(source, config, vocabulary)
-        if run.teachers[source.name].eos_ids != policy.eos_ids:
-            print0(f"warning: {source.name} and the student differ in their end of sequence; "
-                   "rollouts end with the student's, so their length may drift")
-    self_test(run)  # after the optimizer is restored: a forward leaves a sharded student whole
-    claim_output(settings, newest)
+def load_run(config):
+    """Everything a run needs. What is cheap to check comes before what is slow. -> Run"""
+    if config.tiny:
+        claim_folder(config)
+        make_tiny(config)  # in this folder
+    paths = {"student": config.student} | teacher_paths(config)
+    configs, tokenizers, eos_ids = {}, {}, set()
+    for name, path in paths.items():
+        with user_file(f"{name} {path}"):
+            configs[name] = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            tokenizers[name] = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            eos_ids |= end_ids(path, configs[name].get_text_config(), tokenizers[name])
+    if hasattr(configs["student"], "quantization_config"):
+        raise UserError(f"student {config.student}: its weights are quantized, which cannot be "
+                        "trained; give the checkpoint that is not")
+    tokenizer = tokenizers["student"]
+    vocabulary = shared_vocabulary(configs, tokenizers)
+    eos_ids &= vocabulary
+    print0(f"responses end with one of {tokenizer.convert_ids_to_tokens(sorted(eos_ids))}")
+    teachers = [name for name in paths if name != "student"]
+    prompts = load_prompts(config.prompts, tokenizer, config, vocabulary, teachers)
+    eval_prompts = load_prompts(config.eval_prompts, tokenizer, config, vocabulary, teachers)
+    print0(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
+    if not config.tiny:
+        claim_folder(config)
+    saved = broadcast(checkpoints(config.output_dir))
+    path = saved[-1] if saved else config.student
+    student = load_policy("student", path, eos_ids, vocabulary, config)
+    trained, optimizer = prepare_training(student, config)
+    folder = Path(cached_file(config.student, "config.json")).parent
+    run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)
+    if saved:
+        resume(run, saved[-1])
+    self_test(run, "student", student)
+    for name in teachers:
+        run.teachers[name] = load_policy(name, paths[name], eos_ids, vocabulary, config)
+        self_test(run, name, run.teachers[name])
+    if RANK == 0:  # without the rows of steps that are not in the checkpoint
+        save_rows(Path(config.output_dir, "metrics.jsonl"), run.log)
     return run
 
-def warm_up_ddp(run):
-    """Two backward passes of zeros. DDP lays out its buckets in its first two, and rounds
-    differently there: a resumed run would differ from one that went on."""
-    if run.trained is not run.student:
-        nothing = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-        for _ in range(2):
-            log_probs, _ = run.trained(nothing, nothing > 0)
-            log_probs.sum().backward()
-        run.optimizer.zero_grad(set_to_none=False)
+def prepare_training(student, config):
+    """-> the student as the update sees it, and its optimizer"""
+    trained = student
+    if WORLD_SIZE > 1 and not config.shard:
+        trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, betas=(0.9, 0.999), fused=True,
+        weight_decay=config.weight_decay)
+    return trained, optimizer
 
 @torch.no_grad()
-def self_test(run):
+def self_test(run, name, policy):
     """Scoring (our head, no cache, padding on the right) must give the log-probs of sampling
     (transformers' own forward, with a cache and padding on the left). They differ if a model
     scales its logits, or if positions or mask are wrong."""
-    config = run.config
-    if config.compile:
-        print0("compiling scoring and update: a minute, once")
     by_length = sorted(run.prompts, key=lambda prompt: len(prompt.ids))
     prompts = by_length[:4] + by_length[-4:]
-    width = min(16, config.max_new_tokens)
-    uniforms = stateless_uniforms((config.seed, EVALUATE), range(len(prompts)), width)
-    policies = {"student": run.student} | run.teachers
-    for name, policy in policies.items():
-        with explain(f"self-test of {name}", "such a model, or --compile here, is not supported"):
-            sampled = policy.sample([prompt.ids for prompt in prompts], uniforms)
-            r = lay_out(prompts, policy.eos_ids, *sampled)
-            scored, _ = policy(r.ids.to(DEVICE), r.mask.to(DEVICE))  # [8, L]
-            gap = (scored.cpu() - r.log_probs)[r.mask]
-            gap = gap.abs().mean().item()
-            limit = 1e-4  # of rounding
-            if policy.autocast_to_bf16:
-                limit = 0.2
-            if not gap < limit / min(1, config.temperature):  # so that NaN fails, too
-                raise ValueError(f"log-probs of scoring and sampling are {gap:.1e} apart: it "
-                                 "scales or caps its logits, sees padding, or has NaN weights")
-        print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
+    longest = len(prompts[-1].ids) + run.config.max_new_tokens
+    end = getattr(policy.model.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > end:
+        print0(f"warning: {name}: prompt and response may take {longest} tokens, its positions "
+               f"end at {end}")
+    ids = [prompt.ids for prompt in prompts]
+    width = min(16, run.config.max_new_tokens)
+    key = (run.config.seed, EVALUATE)
+    uniforms = stateless_uniforms(key, range(len(ids)), width)
+    tokens, sampled, _ = policy.sample(ids, uniforms)
+    mask = mask_responses(tokens, policy.eos_ids)
+    scored, _ = policy(ids, tokens, mask)  # [8, 16]
+    gaps = scored.cpu() - sampled
+    gap = gaps[mask].abs().mean().item()
+    print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
+    limit = 0.1 if policy.bf16 else 1e-4  # of rounding
+    if not gap < limit / min(1, run.config.temperature):  # so that NaN fails, too
+        raise UserError(f"{name} is not supported: scoring and sampling differ, as they do if a "
+                        "model scales or caps its logits, sees padding, or has NaN weights")
 
 # --- The run's folder and its checkpoints --------------------------------------------------------
 
-MAY_CHANGE = ("steps", "eval_every", "save_every", "keep", "rollout_batch_size", "compile",
-              "micro_batch_tokens", "gradient_checkpointing", "shard")  # on resume
+def claim_folder(config):
+    """Make the output folder, or with --resume take it as it is, and write the settings. Rank 0
+    does this alone: if it fails, torchrun ends the others."""
+    if RANK > 0:
+        return
+    folder = Path(config.output_dir)
+    with user_file(f"output folder {folder}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=config.resume)
+        except FileExistsError:
+            raise UserError("it exists; add --resume, or choose another --output-dir") from None
+        for partial in folder.glob("*.partial"):  # of a run that was killed
+            shutil.rmtree(partial)
+        with complete_folder(folder / "trial"):  # a mounted bucket may not be able to rename
+            pass
+        (folder / "trial").rmdir()
+        write_settings(config, folder / "config.json")
+
+def write_settings(config, path):
+    """config.json: the settings, but for the place of the folder, so that it can be moved. With
+    --resume, say in which they differ from before."""
+    settings = dict(vars(config))
+    for name in ("config", "resume", "output_dir"):
+        del settings[name]
+    if path.exists():
+        for name, before in json.loads(path.read_text()).items():
+            if settings.get(name) != before:
+                print0(f"warning: {name} was {before}, is {settings.get(name)}")
+    path.write_text(json.dumps(settings, indent=1))
+
+@contextlib.contextmanager
+def complete_folder(folder):
+    """A temporary folder to fill, which gets the name `folder` when it is complete: no kill leaves
+    half of one."""
+    temporary = Path(f"{folder}.partial")
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in temporary.iterdir():
+        if path.is_file():  # safetensors writes files that others cannot read
+            path.chmod(temporary.stat().st_mode & 0o666)
+    temporary.rename(folder)
+
 # States are whole, and on the CPU of rank 0. Not strict: some weights may never get a gradient.
-STATE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 def checkpoints(folder):
     """Oldest first. Only a complete one ever has this name."""
     return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
 
-def newest_checkpoint(config):
-    """The one to resume, or None. Rank 0 looks: others may see a shared disk later."""
-    newest = None
-    if RANK == 0 and config.resume:
-        newest = max(checkpoints(config.output_dir), default=None)
-    return broadcast(newest)
-
-def check_output(settings):
-    """Whether a run may start, or go on, in its folder; before anything slow."""
-    folder = Path(settings.output_dir)
-    if RANK == 0 and settings.steps > 0:
-        with explain(f"output folder {folder}", "choose another --output-dir"):
-            if settings.resume and (folder / "config.json").exists():
-                check_same_settings(folder, settings)
-            elif checkpoints(folder) or (folder / "config.json").exists():
-                raise ValueError("it holds a run; continue it with --resume")
-        with explain(f"output folder {folder}: a checkpoint cannot be saved there",
-                     "choose another --output-dir, where folders can be written and renamed"):
-            with complete_folder(folder / "trial"):
-                pass
-            (folder / "trial").rmdir()
-    barrier()
-
-def claim_output(settings, newest):
-    """Write config.json and an empty log, now that the run is ready; fails if another was first."""
-    folder = Path(settings.output_dir)
-    if RANK == 0 and settings.steps > 0:
-        with explain(f"output folder {folder}", "choose another --output-dir"):
-            if not (settings.resume and (folder / "config.json").exists()):
-                with (folder / "config.json").open("x") as file:  # "x": it must not exist
-                    json.dump(to_save(settings), file, indent=1)
-            if newest is None:
-                (folder / "metrics.jsonl").write_text("")
-            for stale in folder.glob("*.partial/"):  # of a run that was killed
-                shutil.rmtree(stale, ignore_errors=True)
-    barrier()
-
-def to_save(settings):
-    """The settings for config.json, without its own place: the folder may be moved."""
-    record = dict(vars(settings))
-    for name in ("config", "resume", "output_dir"):
-        del record[name]
-    return record
-
-def check_same_settings(folder, settings):
-    """A resumed run goes on with its own settings."""
-    # A setting that did not exist when the run was started had its default.
-    before = vars(Config()) | json.loads((folder / "config.json").read_text())
-    for name, value in to_save(settings).items():
-        if name not in MAY_CHANGE and before[name] != value:
-            raise ValueError(f"{name} was {before[name]!r}, is {value!r}; only "
-                             f"{', '.join(MAY_CHANGE)} may change")
-
-@contextlib.contextmanager
-def complete_folder(folder):
-    """Gives a temporary folder to fill, which gets the name `folder` when all of it is on the disk:
-    no kill leaves half of one."""
-    temporary = folder.with_name(f"{folder.name}-{secrets.token_hex(2)}.partial")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666  # as readable as the folder: safetensors' are not
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        temporary.rename(folder)  # which a bucket that is mounted as a folder may refuse
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # it would keep a full disk full
-        raise
-
-def files_to_export(source, policy):
-    """The student's small files, for its checkpoints: as they are, so that older versions of
-    transformers read them too, but for eos_token_id. {name: bytes}"""
-    weights = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
-               ".onnx")
-    files = {}
-    for path in source.folder.iterdir():
-        if path.is_file() and not path.name.endswith(weights):
-            files[path.name] = path.read_bytes()
-    with explain(f"student {source.folder}", "mend its generation_config.json"):
-        generation = json.loads(files.get("generation_config.json", "{}"))
-    generation["eos_token_id"] = sorted(policy.eos_ids)  # so that others stop where rollouts did
-    files["generation_config.json"] = json.dumps(generation, indent=2).encode()
-    return files
-
 def save_checkpoint(run):
     """The weights in float32 and AdamW's two moments, 12 bytes a parameter, and the student's own
-    files. The order of prompts and all random numbers follow from the step."""
+    small files. The order of prompts and all random numbers follow from the step."""
     model = run.student.model
     folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
-    weights = dcp.get_model_state_dict(model, options=STATE)  # collective: rank 0 gets it all
-    moments = {}
-    if run.optimizer.state:  # before the first update there is none, and asking would make one
-        moments = dcp.get_optimizer_state_dict(run.trained, run.optimizer, options=STATE)
-    if RANK == 0 and not folder.exists():
+    weights = dcp.get_model_state_dict(model, options=WHOLE)  # collective: rank 0 gets it all
+    moments = dcp.get_optimizer_state_dict(run.student, run.optimizer, options=WHOLE)
+    if RANK == 0:
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         for name in weights.keys() - names.keys():  # a tied head, which is the embedding
             del weights[name]
-        with explain(f"checkpoint {folder}",
-                     "make room and --resume: the last complete one is intact"):
-            with complete_folder(folder) as temporary:
-                model.save_pretrained(temporary, state_dict=weights)
-                for name, content in run.files.items():
-                    (temporary / name).write_bytes(content)
-                torch.save(moments, temporary / "optimizer.pt")  # .safetensors are for weights
-            for old in checkpoints(folder.parent)[:-run.config.keep]:
-                gone = old.rename(f"{old}.partial")  # half deleted it must not look complete
-                shutil.rmtree(gone, ignore_errors=True)
+        with complete_folder(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=weights)
+            copy_small_files(run.student_folder, temporary, run.student.eos_ids)
+            torch.save(moments, temporary / "optimizer.pt")  # .safetensors are for weights
+        for old in checkpoints(folder.parent)[:-2]:
+            shutil.rmtree(old)
     barrier()
 
+def copy_small_files(source, target, eos_ids):
+    """The student's tokenizer and configuration as they are, so that older versions of transformers
+    read them too; but generations end where the rollouts did."""
+    for path in source.iterdir():
+        small = path.suffix in (".json", ".jinja", ".model", ".txt")
+        if small and not path.name.endswith(".index.json"):
+            shutil.copy(path, target)
+    path = target / "generation_config.json"
+    generation = {}
+    if path.exists():
+        generation = json.loads(path.read_text())
+    generation["eos_token_id"] = sorted(eos_ids)
+    path.write_text(json.dumps(generation, indent=2))
+
 def resume(run, folder):
-    """Restore step and optimizer, and cut the log back; `load` has read the weights."""
+    """Restore step, optimizer and log from a checkpoint; the weights have been loaded."""
     run.step = int(folder.name[-6:])
-    with explain(f"checkpoint {folder}", "remove this folder to continue the one before it"):
+    with user_file(f"{folder} (without it, --resume takes the checkpoint before)"):
         moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
-        if moments:
-            dcp.set_optimizer_state_dict(run.trained, run.optimizer, moments, options=STATE)
-    if RANK == 0:
-        path = folder.with_name("metrics.jsonl")
-        with explain(path, "it must be the log of the run to continue"):
-            rows = read_log(folder.parent)
-            rows = [row for row in rows if row["step"] <= run.step]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    dcp.set_optimizer_state_dict(run.student, run.optimizer, moments, options=WHOLE)
+    for group in run.optimizer.param_groups:  # the checkpoint's settings may have been others
+        group["lr"] = run.config.lr
+        group["weight_decay"] = run.config.weight_decay
+    for line in broadcast(folder.with_name("metrics.jsonl").read_text().splitlines()):
+        with contextlib.suppress(ValueError):  # a kill may have torn the last line
+            row = json.loads(line)
+            if row["step"] <= run.step:
+                run.log.append(row)
+
+def save_rows(path, rows):
+    """A JSON Lines file."""
+    with open(path, "w") as file:
         for row in rows:
-            if "loss" not in row:
-                run.evaluated = row["step"]
-    run.evaluated = broadcast(run.evaluated)
+            file.write(json.dumps(row) + "\n")
 
 # --- The tiny pair: a teacher and a student made in seconds --------------------------------------
 
@@ -1876,34 +1383,31 @@ def tiny_tokenizer():
     """One token a character."""
     characters = list("0123456789+,=") + ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate(characters)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
-def tiny_rows(rng, count, digits, mixture):
-    """The running sum mod 10 ("+") or maximum (",") of digits. A slip makes later digits wrong."""
+def tiny_rows(rng, count, tiny, mixture):
+    """The running sum mod 10 ("+") or maximum (",") of digits. A slip makes later digits wrong.
+    mixture {domain: share}"""
     shares = list(mixture.values())
-    domains = rng.choice(list(mixture), count, p=shares)
-    for domain in domains.tolist():
-        numbers = rng.integers(0, 10, digits)
-        if domain == "+":
-            answer = np.cumsum(numbers) % 10
-        else:
-            answer = np.maximum.accumulate(numbers)
-        prompt = "".join(map(str, numbers)) + domain + "="
-        answer = "".join(map(str, answer))
-        yield {"prompt": prompt, "answer": answer, "domain": domain}
+    for domain in rng.choice(list(mixture), count, p=shares).tolist():
+        digits = rng.integers(0, 10, tiny["digits"])
+        results = np.cumsum(digits) % 10 if domain == "+" else np.maximum.accumulate(digits)
+        prompt = "".join(map(str, digits)) + domain + "="
+        answer = "".join(map(str, results))
+        teacher = tiny["graded_by"].get(domain)
+        yield {"prompt": prompt, "answer": answer, "domain": domain, "teacher": teacher}
 
 def even_mixture(domains):
     """{domain: share}, all shares alike."""
-    return {domain: 1 / len(domains) for domain in domains}
+    return dict.fromkeys(domains, 1 / len(domains))
 
 def pretrain(name, tiny, seed):
     """Train a model of the pair on its domains until the smoothed loss is low."""
     kind = "student" if name == "student" else "teacher"
-    target_loss = tiny[kind + "_loss"]
     torch.manual_seed(seed)
     rng = default_rng((seed, PRETRAIN, *name.encode()))
     tokenizer = tiny_tokenizer()
@@ -1915,7 +1419,7 @@ def pretrain(name, tiny, seed):
     mixture = even_mixture(tiny["models"][name])
     smooth = None
     for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
-        rows = tiny_rows(rng, 128, tiny["digits"], mixture)
+        rows = tiny_rows(rng, 128, tiny, mixture)
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1924,142 +1428,66 @@ def pretrain(name, tiny, seed):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        smooth = loss.item() if smooth is None else 0.8 * smooth + 0.2 * loss.item()
-        if smooth < target_loss:
+        if smooth is None:
+            smooth = loss.item()
+        smooth = 0.8 * smooth + 0.2 * loss.item()
+        if smooth < tiny[kind + "_loss"]:
             break
-    print0(f"the tiny {name}: {model.num_parameters():,} parameters, loss {smooth:.3f} after "
-           f"{step + 1} steps")
-    if smooth >= target_loss:
-        print0(f"warning: it was to reach {target_loss}: it has not learned; try another --seed")
+    print0(f"the tiny {name}: loss {smooth:.3f} after {step + 1} steps")
     return model
 
-def make_tiny(settings):
-    """Make the pair, once for an output folder. -> the settings of a run on it"""
-    folder = Path(settings.output_dir, f"tiny-{settings.task}-{settings.seed}")
+def make_tiny(config):
+    """Make models and prompts, once for an output folder, and fill them in as settings."""
     torch.set_num_threads(1)  # two are slower for so small a pair
-    with explain(f"task {settings.task}", f"mend tiny in {settings.config}"):
-        tiny = settings.tiny | settings.tiny["tasks"][settings.task]  # a task's own student wins
-        if RANK == 0 and not folder.exists():
-            with complete_folder(folder) as temporary:
-                write_tiny(temporary, tiny, settings.seed)
+    with user_file(f"task {config.task}"):
+        tiny = config.tiny | config.tiny["tasks"][config.task]
+    folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
+    if RANK == 0 and not folder.exists():
+        with complete_folder(folder) as temporary:
+            for name in tiny["models"]:
+                pretrain(name, tiny, config.seed).save_pretrained(temporary / name)
+                tiny_tokenizer().save_pretrained(temporary / name)
+            rng = default_rng((config.seed, ORDER))
+            mixture = tiny["mixture"]
+            save_rows(temporary / "prompts.jsonl", tiny_rows(rng, 4096, tiny, mixture))
+            held_out = tiny_rows(rng, 512, tiny, even_mixture(mixture))
+            save_rows(temporary / "eval_prompts.jsonl", held_out)
     barrier()
-    teachers = [f"{name}={folder}/{name}" for name in tiny["models"] if name != "student"]
-    return dataclasses.replace(
-        settings, teacher=teachers, student=settings.student or f"{folder}/student",
-        prompts=f"{folder}/prompts.jsonl", eval_prompts=f"{folder}/eval_prompts.jsonl")
-
-def write_tiny(folder, tiny, seed):
-    """Its models, each trained on its domains, and its prompts."""
-    for name in tiny["models"]:
-        model = pretrain(name, tiny, seed)
-        model.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
-    rng = default_rng((seed, ORDER))
-    mixture = tiny["mixture"]  # {domain: share}
-    files = [("prompts", 4096, mixture), ("eval_prompts", 512, even_mixture(mixture))]
-    for name, count, shares in files:
-        with open(folder / f"{name}.jsonl", "w") as file:
-            for row in tiny_rows(rng, count, tiny["digits"], shares):
-                row["teacher"] = tiny["graded_by"][row["domain"]]
-                file.write(json.dumps(row) + "\n")
+    config.teacher = [f"{name}={folder}/{name}" for name in tiny["models"] if name != "student"]
+    config.student = f"{folder}/student"
+    config.prompts = f"{folder}/prompts.jsonl"
+    config.eval_prompts = f"{folder}/eval_prompts.jsonl"
 
 # --- The command ---------------------------------------------------------------------------------
-
-def ask_to_stop(number, frame):
-    """Stop after this step; a second Ctrl-C stops at once."""
-    if STOP.is_set() and number == signal.SIGINT:
-        raise KeyboardInterrupt
-    STOP.set()
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
-
-@contextlib.contextmanager
-def guest():
-    """Take signals over, and leave all as it was afterwards: the process may be a notebook's."""
-    STOP.clear()
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # Windows has the first two
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                ignored = signal.getsignal(number) == signal.SIG_IGN  # as nohup does
-                if name == "SIGTERM" or not ignored:
-                    handlers[number] = signal.signal(number, ask_to_stop)
-    threads = torch.get_num_threads()
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        torch.set_num_threads(threads)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 def start_ranks(config):
     """Device and ranks, and a name for the output folder where none was given."""
     if DEVICE == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
+        # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD_SIZE > 1:
-        backend = "gloo"
-        if DEVICE == "cuda":
-            backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
         # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=3))
+        dist.init_process_group(backend, timeout=timedelta(hours=3))
     if not config.output_dir:
-        # With some random letters: runs that are started together get a folder each.
-        name = time.strftime("runs/%Y%m%d-%H%M%S-") + secrets.token_hex(2)
+        name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
         config.output_dir = broadcast(name)
 
 def main(argv=()):
-    """The command: main(["--steps", "5"]) is `python fire_opd.py --steps 5`.
-
-    Raises SystemExit: 130 if it was told to stop, 2 after a user's mistake, which is one line.
-    """
-    message = ""
+    """The command: main(["--steps", "5"]) is `python fire_opd.py --steps 5`. A user's mistake is
+    one line and SystemExit with status 2."""
     try:
-        with guest():
-            config = parse_config(argv)
-            start_ranks(config)
-            finished = train(config)
+        config = parse_config(argv)
+        start_ranks(config)
+        train(config)
     except UserError as error:
-        message = str(error)
-    except torch.OutOfMemoryError:
-        message = ("out of GPU memory; lower --micro-batch-tokens or --rollout-batch-size, "
-                   "or add --gradient-checkpointing or --shard")
-    if message:
-        message = " ".join(message.split())[:900]
-        sys.stderr.write(f"error: {message}\n")  # in one piece, as other ranks may write too
-        raise SystemExit(2)
+        message = " ".join(str(error).split())
+        print("error:", message, file=sys.stderr)
+        raise SystemExit(2) from error
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    if not finished:
-        raise SystemExit(130)
-
-def run_as_script():
-    """Run main and exit with its status; with several ranks, without waiting for the others."""
-    # Launchers send SIGTERM more than once, and one that comes after the run must not change its
-    # status. During the run, guest() handles it.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    if not on_terminal():
-        transformers.logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="backslashreplace")  # responses may hold any character
-    status = 0
-    try:
-        main(sys.argv[1:])
-    except SystemExit as stop:
-        status = stop.code
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    if WORLD_SIZE > 1:
-        os._exit(status)
-    sys.exit(status)
 
 if __name__ == "__main__":
-    run_as_script()
+    transformers.logging.disable_progress_bar()  # of reading and writing weights
+    main(sys.argv[1:])
