@@ -3,7 +3,7 @@
 The student writes responses, the teacher grades each of their tokens, and the student is moved
 towards the teacher. FiRe-OPD adds two steps. Filter drops the trajectories that the teacher finds
 least likely. Reweight then gives more weight to the remaining tokens on which the teacher is sure
-and the student is not. One step, with the function that does it (pi_S: student, pi_T: teacher,
+and the student is not. One step, and the function for each part (pi_S: student, pi_T: teacher,
 H: entropy of the next token):
 
   1. rollout: responses y ~ pi_S(.|x) = softmax(logits / temperature), and H_S,t of each token
@@ -14,15 +14,16 @@ H: entropy of the next token):
   5. policy_loss: the policy gradient of w_t A_t, with A_t = log pi_T(y_t) - log pi_S(y_t)
   6. update: the gradient of all micro-batches and ranks, and one step of AdamW
 
-`train_step` puts these together and `train` is the loop around it. There the method ends, and a
-line says so. What follows serves it: fast decoding, flags, metrics, prompts, models, files.
+`train_step` puts these together and `train` is the loop around it. The method ends there, at a
+marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, models, files.
 
     python fire_opd.py           # the tiny pair of tiny_config.json, no download, about a minute
     python fire_opd.py --teacher T --student S --prompts P.jsonl                 # real models
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-Memory: 18 bytes per parameter of the student on each GPU, which --shard divides by their number.
+Memory per GPU: 18 bytes per student parameter and 2 per teacher parameter, which --shard divides
+by the number of GPUs; and the larger of the rollouts' cache and the activations of an update.
 
 Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates per
 rollout, top-k or full-vocabulary divergences, an inference server, learning-rate schedules.
@@ -80,14 +81,14 @@ class Config:
         "soft", "hard: a control that trains on the heavier half of the tokens alone")
     loss_agg: Literal["token-mean", "seq-mean"] = setting(
         "token-mean", "the mean over all tokens, or over rollouts of their own means")
-    temperature: float = setting(1.0, "of student and teacher, in sampling and scoring")
+    temperature: float = setting(1.0, "softmax temperature of both models, in sampling and scoring")
     batch_size: int = setting(64, "prompts per step, over all ranks, with one rollout each")
     max_new_tokens: int = setting(1024, "longest response")
     lr: float = setting(1e-6, "constant learning rate of AdamW")
     weight_decay: float = setting(0.01, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm")
     steps: int = setting(100, "steps of training; 0 only evaluates")
-    seed: int = setting(0, "of the order of the prompts, of sampling and of the tiny pair")
+    seed: int = setting(0, "seeds the order of the prompts, sampling and the tiny pair")
     teacher: list[str] = field(default_factory=list, metadata={
         "help": "checkpoint folder or hub name; of several teachers each as NAME=PATH"})
     student: str = setting("", "checkpoint folder or hub name")
@@ -106,7 +107,7 @@ class Config:
     eval_every: int = setting(0, "steps between evaluations; 0: before and after the run")
     save_every: int = setting(
         20, "steps between checkpoints, of which the newest two are kept; 0: at the end")
-    config: str = setting("", "JSON file of settings; the command line wins over it")
+    config: str = setting("", "JSON file of settings; flags override it")
     task: str = setting("foreign", "which of the tasks in tiny_config.json, for the tiny pair")
     tiny: dict = field(default_factory=dict, init=False)  # no flag: how the tiny pair is made
 
@@ -134,7 +135,7 @@ def trajectory_scores(teacher_log_probs, response_mask):
     """s = mean_t log pi_T(y_t): how likely the teacher finds each trajectory, in nats per token.
 
     teacher_log_probs, response_mask [B, T] -> scores [B]. A row without a response scores minus
-    infinity, so that it is never kept. As 0, an empty sum, it would have the best score there is.
+    infinity, so that it is never kept: its empty sum, 0, would beat every other score.
     """
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
@@ -184,7 +185,7 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     return weights * mask.sum(1, keepdim=True) / total
 
 def token_advantages(teacher_log_probs, student_log_probs):
-    """A_t = log pi_T(y_t) - log pi_S(y_t), all [B, T]: how much the teacher prefers the token.
+    """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
     Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. To
     minimize another divergence E_S[f(u)], u = pi_T / pi_S, take A_t = u f'(u) - f(u) + constant.
@@ -192,31 +193,31 @@ def token_advantages(teacher_log_probs, student_log_probs):
     return teacher_log_probs - student_log_probs
 
 def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
-    """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / pi_S of this very pass -> scalar
+    """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
     r_t is 1 and has the gradient of log pi_S: the loss is the weighted reverse KL, its gradient
     REINFORCE's. The released code clips r_t, which only acts if a rollout serves several updates.
-    All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, as gradients of micro-batches
-    add up. With seq-mean it is the number of kept rollouts, and weights come divided by length.
+    All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
+    micro-batches are summed. With seq-mean it is the number of kept rollouts, and weights come
+    divided by the length of their response.
     """
-    outside = ~mask.bool()
-    advantages = token_advantages(teacher_log_probs, log_probs.detach())  # [B, T]
-    weighted = (weights * advantages).detach().masked_fill(outside, 0)
-    log_ratio = (log_probs - log_probs.detach()).masked_fill(outside, 0)  # no infinities there
-    return -(log_ratio.exp() * weighted).sum() / divisor
+    mask = mask.bool()
+    log_probs, weights = log_probs[mask], weights[mask]  # [n], the valid tokens
+    advantages = token_advantages(teacher_log_probs[mask], log_probs.detach())
+    ratio = (log_probs - log_probs.detach()).exp()  # 1, with the gradient of log pi_S
+    return -(ratio * (weights * advantages).detach()).sum() / divisor
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16: unbiased noise of 0.01 to 0.02 nats a token. The softmax is float32."""
-    # Autocast would keep its bfloat16 copy of a parameter for all chunks, whose gradients would add
-    # up in bfloat16. Of .T, which is no parameter, each chunk has its own: they do in float32.
+    # Autocast caches one bfloat16 copy of a parameter, in which the gradients of all chunks would
+    # add up. It casts `.T`, which is no parameter, anew for each chunk: they add up in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
     entropy = torch.zeros_like(log_probs)
     if with_entropy:
-        log_p = log_p.detach()
-        entropy = -(log_p.exp() * log_p).nansum(1)  # nansum: 0 log 0 is 0
+        entropy = torch.special.entr(log_p.detach().exp()).sum(1)  # entr(p) = -p log p
     return log_probs, entropy
 
 def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0, chunk=None,
@@ -226,7 +227,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
     and entropy [N], which is not. With V = 152 k the logits of 8,192 tokens take 5 GB, and their
     gradient several times that. So only one chunk has logits at a time, and the backward pass
-    computes them again. Each chunk adds a [V, D] to the gradient of W: it should have D tokens.
+    computes them again. Each chunk touches all of W's gradient [V, D], so it should not have fewer
+    than about D tokens.
     chunk_function: chunk_log_probs, or the same compiled.
     """
     if chunk is None:
@@ -256,16 +258,16 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     tokens = torch.searchsorted(cdf, points[:, None], right=True)  # never one of probability 0
     tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; it is beyond only if logits are NaN
     log_probs = probs.gather(1, tokens)[:, 0].log()
-    entropy = -(probs * probs.log()).nansum(1)
+    entropy = torch.special.entr(probs).sum(1)
     return tokens[:, 0], log_probs, entropy
 
-# What random numbers are for, as part of their key. To change these would change all runs.
+# What random numbers are for, as part of their key. Changing these changes every run.
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
-    """Uniforms in [0, 1), float64 [b, width]. Those of row i depend on i and key alone, which is
-    (seed, purpose, step), or (seed, purpose) if all steps are to share them. So a run is the same
-    on any number of ranks but for rounding, and to resume it no generator must be restored."""
+    """Uniforms in [0, 1), float64 [b, width]. Those of row i depend only on i and on key, which is
+    (seed, purpose, step), or (seed, purpose) if all steps share them. So, except for rounding,
+    neither the number of ranks nor resuming changes a run, and no generator has to be restored."""
     drawn = []
     for i in rows:
         rng = default_rng((*key, i))
@@ -281,17 +283,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def sum_over_ranks(table):
     """Sum a tensor over the ranks, in place. Where each rank has filled its own rows of a table of
-    zeros, the sum is the whole table, exactly the same on all ranks, which then filter alike."""
+    zeros, the sum is the full table, identical on every rank, so that all of them filter alike."""
     if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table
 
 def barrier():
-    """Wait until all ranks have come this far."""
+    """Wait for all ranks."""
     sum_over_ranks(torch.zeros(1))
 
 def broadcast(value):
-    """What rank 0 has, on all ranks. Rank 0 does not wait for the others: see barrier."""
+    """Rank 0's value, on every rank. Rank 0 does not wait for the others: see barrier."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -301,7 +303,7 @@ def broadcast(value):
 
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature.
-    eos_ids and vocabulary are sets of ids; no others than the vocabulary's are ever sampled."""
+    eos_ids and vocabulary are sets of ids; only those of the vocabulary are ever sampled."""
     segment = 64  # every so many tokens, the rows that have ended leave the batch
 
     def __init__(self, model, eos_ids, vocabulary, config):
@@ -311,8 +313,8 @@ class Policy(nn.Module):
         self.temperature = config.temperature
         self.bf16 = compute_dtype(config) == torch.bfloat16  # autocast matrix products
         self.use_cuda_graph = False  # in decoding; `load_policy` turns it on
-        # The head may have rows that are no token, or one that another model lacks. A bias of
-        # minus infinity excludes them. Cutting them off would leave an odd width, slow on a GPU.
+        # Some rows of the head are padding, or tokens that another model lacks. A bias of minus
+        # infinity excludes them. Cutting them off would leave an odd width, slow on a GPU.
         head = model.get_output_embeddings().weight  # [V, D]
         bias = torch.full(head.shape[:1], -torch.inf)
         bias[sorted(vocabulary)] = 0
@@ -327,18 +329,17 @@ class Policy(nn.Module):
         """log pi(y_t) and H_t of responses to b prompts, lists of ids. tokens, mask [b, T]
         -> two tables [b, T], 0 off the mask. H_t only under no_grad: the update needs none."""
         ids, is_response = [], []
-        for prompt, row, own in zip(prompts, tokens, mask):
-            response = row[own].tolist()
-            both = torch.tensor(prompt + response)
-            ids.append(both)
-            is_response.append(torch.arange(len(both)) >= len(prompt))
+        for prompt, row, valid in zip(prompts, tokens, mask):
+            row_ids = torch.tensor(prompt + row[valid].tolist())
+            ids.append(row_ids)
+            is_response.append(torch.arange(len(row_ids)) >= len(prompt))
         if not prompts:  # a rank without rows must still join in: one row without a response
             ids.append(torch.tensor([0, 0]))
             is_response.append(torch.tensor([False, False]))
         # Padding is on the right, where a causal model never looks: no attention mask.
         ids = pad_sequence(ids, batch_first=True).to(DEVICE)  # [b, L]
         is_response = pad_sequence(is_response, batch_first=True).to(DEVICE)
-        with torch.autocast(DEVICE, torch.bfloat16, self.bf16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             predicts = is_response[:, 1:]  # [b, L - 1], as position t - 1 predicts token t
             hidden = hidden[:, :-1][predicts]  # [n, D]
@@ -349,16 +350,16 @@ class Policy(nn.Module):
                 hidden, weight, ids[is_response], self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
         mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)
+        zeros = log_probs.new_zeros(mask.shape)  # to put the n values back in their places
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
     def sample(self, prompts, uniforms):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
-        -> tokens, log_probs, entropy, all [b, T]; what follows a row's EOS means nothing."""
+        -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
         # --compile has compiled the blocks for whole sequences; in decoding they stay eager.
-        autocast = torch.autocast(DEVICE, torch.bfloat16, self.bf16)
+        autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
             decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
@@ -366,7 +367,7 @@ class Policy(nn.Module):
                 drawn = decoder.tokens[decoder.rows, :start]  # [n, start]
                 ended = is_eos(drawn, self.eos_ids).any(1)
                 if ended.all():
-                    break  # with --shard, too: while it decodes, a student needs no other rank
+                    break  # safe with --shard, too: decoding the student needs no collective
                 steps = min(self.segment, T - start)
                 decoder.keep_rows(~ended, room=steps)
                 decoder.decode(steps)
@@ -386,14 +387,14 @@ class Prompt:
 @dataclass
 class Rollouts:
     """The trajectories of one step, as tables on the CPU that are the same on every rank. Column t
-    belongs to the t-th token of the response. Values off the mask mean nothing."""
+    belongs to the t-th token of the response. Values off the mask are undefined."""
     prompts: list  # B prompts
     lengths: list  # B numbers of tokens, prompt and response
     tokens: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool, the response mask
     log_probs: Tensor  # [B, T] log pi_S(y_t), as sampled; the loss takes those of its own pass
     student_entropy: Tensor  # [B, T] H_S,t, as sampled
-    # What teacher, filter and weights make of them, in this order:
+    # Filled in by train_step, in this order:
     teacher_log_probs: Tensor = None  # [B, T] log pi_T(y_t)
     teacher_entropy: Tensor = None  # [B, T] H_T,t
     scores: Tensor = None  # [B]
@@ -407,7 +408,7 @@ class Rollouts:
 
 @dataclass
 class Run:
-    """What a run holds, as `load_run` has made it. `run.config.x` is the setting --x."""
+    """The state of a run, built by `load_run`. `run.config.x` is the setting --x."""
     config: Config
     tokenizer: object
     prompts: list  # of Prompt
@@ -485,8 +486,8 @@ def rollout(run, prompts, key):
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
 
-    Sorted by length: little padding, and a list's first row is its longest. All ranks get as many
-    lists, some perhaps empty: one that has nothing left must still join in every collective.
+    Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
+    number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
     share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, or one rank might get them all
     batches = []
@@ -536,17 +537,17 @@ def update(run, rollouts):
         # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
         tables = (rollouts.teacher_log_probs, weights, rollouts.mask)
-        own = [table[micro].to(DEVICE) for table in tables]
-        part = policy_loss(log_probs, *own, divisor)
+        rows_of_tables = [table[micro].to(DEVICE) for table in tables]
+        part = policy_loss(log_probs, *rows_of_tables, divisor)
         (part * WORLD_SIZE).backward()  # DDP and FSDP take the mean over ranks, we want the sum
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # of all shards, if there are any and they have gradients
+    if hasattr(norm, "full_tensor"):  # under FSDP: the norm over all shards
         norm = norm.full_tensor()
     norm = norm.item()
-    skipped = not rows or not math.isfinite(loss + norm)
-    if not skipped:  # nothing kept, or something not finite: the parameters stay as they are
+    skipped = not rows or not math.isfinite(loss + norm)  # nothing kept, or a NaN somewhere
+    if not skipped:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
     return {"loss": loss, "grad_norm": norm, "skipped_updates": int(skipped)}
@@ -554,17 +555,19 @@ def update(run, rollouts):
 # --- The run -------------------------------------------------------------------------------------
 
 def train(config):
-    """A whole run, or with --resume the rest of one. It may be killed at any time: what is not in
-    the newest checkpoint is done again, from the same prompts and the same random numbers."""
+    """A whole run, or with --resume the rest of one. It may be killed at any time: the work since
+    the newest checkpoint is repeated, with the same prompts and the same random numbers."""
     run = load_run(config)
-    evaluate_if_due(run)
+    if run.step == 0:
+        evaluate(run)
     while run.step < config.steps:
         rollouts, metrics = train_step(run)
         run.step += 1
         report_step(run, rollouts, metrics)
+        if due(run, config.eval_every):
+            evaluate(run)
         if due(run, config.save_every):
-            save_checkpoint(run)  # before the evaluation: if that is killed, the step is safe
-        evaluate_if_due(run)
+            save_checkpoint(run)  # with the log, so after the evaluation
         write_report(run, rollouts)
     summarize(run)
 
@@ -623,8 +626,10 @@ def can_preallocate(model, cache):
     """Whether free slots and CUDA graphs suit a model: not if it has sliding windows, linear
     attention or ALiBi, or positions that depend on the longest row. Those keep the cache that
     transformers gives them."""
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
     return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
+            and not getattr(config, "alibi", False)
             and model.config._attn_implementation == "sdpa"
             and all(type(layer) is DynamicLayer for layer in cache.layers))
 
@@ -681,7 +686,7 @@ class Decoder:
         self.ids.copy_(self.draw(self.ids, attention, positions))
 
     def keep_rows(self, keep, room):
-        """Go on with some of the n rows, bool [n], and make room for so many tokens."""
+        """Go on with some of the n rows, bool [n], and make room for this many tokens."""
         self.rows = self.rows[keep]
         self.ids = self.ids[keep]
         self.padding = self.padding[keep]
@@ -698,14 +703,14 @@ class Decoder:
                 layer.values = F.pad(values, free)
 
     def decode(self, steps):
-        """So many steps. In a CUDA graph their kernels run without Python in between."""
+        """Decode this many steps. A CUDA graph runs their kernels without Python in between."""
         step = self.step
-        step()  # which also warms up what must not be recorded
+        step()  # also warms up what is initialized lazily, which cannot be captured
         if self.policy.use_cuda_graph and self.preallocated and steps > 2:
             graph = torch.cuda.CUDAGraph()
-            # thread_local: CUDA calls of other threads, such as NCCL's, do not break the recording.
+            # thread_local: CUDA calls of other threads, such as NCCL's, do not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()  # recorded, and not run
+                step()  # captured, and not run
             step = graph.replay
         for _ in range(steps - 1):
             step()
@@ -717,7 +722,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_file(name):
-    """What fails in here is a user's file and not the program: a line instead of a traceback."""
+    """Whatever fails in here is the user's file and not the program: one line, no traceback."""
     try:
         yield
     except UserError as error:
@@ -752,7 +757,7 @@ def parse_config(argv=()):
     return config
 
 def check(config):
-    """What would else fail late, or be wrong without a word."""
+    """Refuse what would fail late or go wrong silently."""
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
             raise UserError(f"{name} must be between 0 and 1e9, got {value}")
@@ -822,7 +827,7 @@ def averages(run, rollouts, groups):
     return metrics
 
 def measure_step(run, rollouts):
-    """The figures of a step: of all rollouts, of the kept and of the dropped."""
+    """The metrics of a step: of all rollouts, of the kept and of the dropped."""
     keep = rollouts.keep
     everything = torch.ones_like(keep)
     metrics = averages(run, rollouts, {"": everything, "_kept": keep, "_dropped": ~keep})
@@ -838,13 +843,6 @@ def measure_step(run, rollouts):
         metrics["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
     return metrics
 
-def evaluate_if_due(run):
-    """Before, during and after the run. An evaluation that a kill has prevented is not in the log,
-    and --resume makes up for it."""
-    done = {row["step"] for row in run.log if "eval/score" in row}
-    if run.step not in done and (run.step == 0 or due(run, run.config.eval_every)):
-        evaluate(run)
-
 def evaluate(run):
     """One response to each held-out prompt, from the same random numbers in every evaluation."""
     if not run.eval_prompts:
@@ -854,8 +852,8 @@ def evaluate(run):
     r.scores = trajectory_scores(r.teacher_log_probs, r.mask)
     groups = {"": torch.ones(len(r.prompts), dtype=torch.bool)}
     for domain in sorted({prompt.domain for prompt in r.prompts} - {""}):
-        own = [prompt.domain == domain for prompt in r.prompts]
-        groups["/" + domain] = torch.tensor(own)
+        in_domain = [prompt.domain == domain for prompt in r.prompts]
+        groups["/" + domain] = torch.tensor(in_domain)
     row = {}
     for name, x in averages(run, r, groups).items():
         row["eval/" + name] = x
@@ -872,11 +870,11 @@ def print0(text):
         print(text, flush=True)
 
 def progress(label, iterable):
-    """A bar for those who wait; None: only at a terminal."""
+    """A progress bar, on rank 0 and (disable=None) at a terminal only."""
     return tqdm(iterable, label, leave=False, disable=None if RANK == 0 else True)
 
 def log(run, metrics):
-    """Append a row to the log and to metrics.jsonl. JSON has no NaN: such a figure is null."""
+    """Append a row to the log and to metrics.jsonl. JSON has no NaN: it becomes null."""
     row = {"step": run.step}
     for name, x in metrics.items():
         row[name] = x if math.isfinite(x) else None
@@ -893,10 +891,10 @@ def examples(run, rollouts, count):
     dicts = []
     for word, rows in (("kept", rollouts.keep), ("DROPPED", ~rollouts.keep)):
         for i in rows.nonzero()[:count, 0].tolist():
-            own = rollouts.mask[i]
-            ids = rollouts.tokens[i, own]
+            valid = rollouts.mask[i]
+            ids = rollouts.tokens[i, valid]
             texts = [run.tokenizer.decode(token) for token in ids]
-            figures = [table[i, own].tolist() for table in tables]
+            figures = [table[i, valid].tolist() for table in tables]
             dicts.append({
                 "verdict": f"{word}, score {rollouts.scores[i]:.3f}",
                 "prompt": run.tokenizer.decode(rollouts.prompts[i].ids),
@@ -905,7 +903,7 @@ def examples(run, rollouts, count):
     return dicts
 
 def report_step(run, rollouts, metrics):
-    """Log a step and print it; of the first and last also a rollout that was kept, and another."""
+    """Log and print a step; of the first and the last also a kept and a dropped rollout."""
     log(run, metrics)
     print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
            f"length {metrics['response_length']:.0f}, "
@@ -946,48 +944,64 @@ svg { display: block; font: 9px sans-serif; fill: currentColor }
 </style><body><script>
 const data = DATA;
 const colors = ["#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#888888"];
-const add = (parent, tag, text, color = "") => {
+function add(parent, tag, text, color = "") {
   const element = parent.appendChild(document.createElement(tag));
   element.textContent = text;
   element.style.color = color;
   return element;
-};
-const draw = (parent, width, height, shapes) => add(parent, "div", "").innerHTML =
-  `<svg viewBox="0 0 ${width} ${height}">${shapes.join("")}</svg>`;
-const scale = (values, start, end) => {
+}
+function draw(parent, width, height, shapes) {
+  const svg = `<svg viewBox="0 0 ${width} ${height}">${shapes.join("")}</svg>`;
+  add(parent, "div", "").innerHTML = svg;
+}
+function scale(values, start, end) {
   const low = Math.min(...values), high = Math.max(...values);
   return value => start + (end - start) * (value - low) / (high - low || 1);
-};
-const to_points = row => Object.keys(row).map(
-  name => ({name, step: row.step, value: row[name]}));
-const points = data.rows.flatMap(to_points).filter(point => point.value != null);
+}
+function label(x, y, anchor, value) {
+  return `<text x="${x}" y="${y}" text-anchor="${anchor}">${+value.toPrecision(3)}</text>`;
+}
+
 for (const start of ["eval/exact_match", "eval/reverse_kl", "reverse_kl", "response_length",
                      "filter_threshold"]) {
-  const own = points.filter(point => point.name.startsWith(start));
-  if (own.length == 0) continue;
-  const values = own.map(point => point.value), figure = add(document.body, "figure", "");
-  const x = scale([0, data.step], 0, 300), y = scale(values, 90, 12), shapes = [];
-  for (const name of new Set(own.map(point => point.name))) {
-    const curve = own.filter(point => point.name == name), color = colors[shapes.length % 6];
-    const line = curve.map(point => `${x(point.step)},${y(point.value)}`).join(" ");
+  const names = new Set(data.rows.flatMap(Object.keys).filter(name => name.startsWith(start)));
+  const has = name => data.rows.filter(row => row[name] != null);
+  const values = [...names].flatMap(name => has(name).map(row => row[name]));
+  if (values.length == 0) continue;
+  const figure = add(document.body, "figure", ""), shapes = [];
+  const x = scale([0, data.step], 0, 300), y = scale(values, 90, 12);
+  for (const name of names) {
+    const rows = has(name), color = colors[shapes.length % 6];
+    if (rows.length == 0) continue;
+    const line = rows.map(row => `${x(row.step)},${y(row[name])}`).join(" ");
     shapes.push(`<polyline fill="none" stroke="${color}" points="${line}"/>`);
-    add(figure, "div", `${name} ${curve.at(-1).value.toPrecision(3)}`, color);
+    add(figure, "div", `${name} ${rows.at(-1)[name].toPrecision(3)}`, color);
   }
-  shapes.push(`<text y="9">${Math.max(...values).toPrecision(3)}</text>`);
-  shapes.push(`<text y="102">${Math.min(...values).toPrecision(3)}</text>`);
+  shapes.push(label(0, 9, "start", Math.max(...values)));
+  shapes.push(label(0, 102, "start", Math.min(...values)));
+  shapes.push(label(300, 102, "end", data.step));
   draw(figure, 300, 104, shapes);
 }
-add(document.body, "h3", `Step ${data.step}: scores (mean log pi_T), with the filter's threshold`);
-["kept ", "dropped"].forEach((word, i) => add(document.body, "b", word, colors[i]));
+
 const scores = data.scores.filter(row => isFinite(row.score));
-const x = scale(scores.map(row => row.score), 8, 892);
+const values = scores.map(row => row.score);
 const threshold = Math.min(...scores.filter(row => row.kept).map(row => row.score));
+const x = scale(values, 8, 892);
+add(document.body, "h3", `Step ${data.step}: the score of each rollout, mean log pi_T`);
+add(document.body, "b", "kept ", colors[0]);
+add(document.body, "b", "dropped ", colors[1]);
+add(document.body, "span", `lowest kept: ${threshold.toPrecision(3)}`);
 for (const domain of new Set(scores.map(row => row.domain))) {
-  const shapes = [`<path stroke="currentColor" d="M ${x(threshold)} 0 v 24"/>`];
-  for (const row of scores.filter(row => row.domain == domain)) shapes.push(`<circle r="4" cy="12"
-    cx="${x(row.score)}" fill="${colors[row.kept ? 0 : 1]}" fill-opacity="0.5"/>`);
-  draw(add(document.body, "div", domain), 900, 24, shapes);
+  const shapes = [`<path stroke="currentColor" d="M ${x(threshold)} 0 v 40"/>`];
+  scores.forEach((row, i) => {  // spread in height, so that fewer dots hide each other
+    if (row.domain == domain) shapes.push(`<circle cx="${x(row.score)}" cy="${6 + i % 8 * 4}" r="4"
+      fill="${colors[row.kept ? 0 : 1]}" fill-opacity="0.5"/>`);
+  });
+  shapes.push(label(0, 50, "start", Math.min(...values)));
+  shapes.push(label(900, 50, "end", Math.max(...values)));
+  draw(add(document.body, "div", domain), 900, 52, shapes);
 }
+
 add(document.body, "h3", `Step ${data.step}: tokens, orange if they weigh more than 1, else blue`);
 for (const rollout of data.rollouts) {
   const line = add(document.body, "p", "");
@@ -1129,8 +1143,8 @@ def end_ids(path, config, tokenizer):
     return ids - {None}
 
 def load_policy(name, path, eos_ids, vocabulary, config):
-    """The student, or a teacher of this name, on its device. It is in eval mode: with dropout, the
-    policy that is trained would be another than the one that wrote the rollouts."""
+    """The student, or a teacher of this name, on its device. In eval mode: with dropout, the policy
+    that is trained would differ from the one that wrote the rollouts."""
     is_student = name == "student"
     dtype = compute_dtype(config)
     if is_student:
@@ -1183,8 +1197,8 @@ def recomputed(forward, *args, **kwargs):
     return forward(*args, **kwargs)
 
 def apply_fsdp(policy, is_student):
-    """FSDP2. A teacher's block is gathered when it runs. The student stays whole from its first
-    sampled token to a backward pass: to gather it for every token would take far too long."""
+    """FSDP2. A teacher's block is gathered when it runs. The student stays unsharded from its first
+    sampled token to a backward pass: gathering it for every token would be far too slow."""
     precision = MixedPrecisionPolicy()
     if is_student and policy.bf16:  # inputs keep their dtype: uniforms in bf16 could become 1
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -1230,7 +1244,7 @@ def load_run(config):
     for name in teachers:
         run.teachers[name] = load_policy(name, paths[name], eos_ids, vocabulary, config)
         self_test(run, name, run.teachers[name])
-    if RANK == 0:  # without the rows of steps that are not in the checkpoint
+    if RANK == 0:  # without the rows of steps after the checkpoint
         save_rows(Path(config.output_dir, "metrics.jsonl"), run.log)
     return run
 
@@ -1241,8 +1255,7 @@ def prepare_training(student, config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, config.lr, betas=(0.9, 0.999), fused=True,
-        weight_decay=config.weight_decay)
+        parameters, config.lr, weight_decay=config.weight_decay, fused=True)
     return trained, optimizer
 
 @torch.no_grad()
@@ -1270,7 +1283,8 @@ def self_test(run, name, policy):
     limit = 0.1 if policy.bf16 else 1e-4  # of rounding
     if not gap < limit / min(1, run.config.temperature):  # so that NaN fails, too
         raise UserError(f"{name} is not supported: scoring and sampling differ, as they do if a "
-                        "model scales or caps its logits, sees padding, or has NaN weights")
+                        "model scales or caps its logits, adds a bias to them, sees padding, or "
+                        "has NaN weights")
 
 # --- The run's folder and its checkpoints --------------------------------------------------------
 
@@ -1306,8 +1320,8 @@ def write_settings(config, path):
 
 @contextlib.contextmanager
 def complete_folder(folder):
-    """A temporary folder to fill, which gets the name `folder` when it is complete: no kill leaves
-    half of one."""
+    """A temporary folder to fill, which gets the name `folder` when it is complete, so that a kill
+    never leaves half of one."""
     temporary = Path(f"{folder}.partial")
     temporary.mkdir(parents=True)
     yield temporary
@@ -1316,7 +1330,7 @@ def complete_folder(folder):
             path.chmod(temporary.stat().st_mode & 0o666)
     temporary.rename(folder)
 
-# States are whole, and on the CPU of rank 0. Not strict: some weights may never get a gradient.
+# Full (unsharded) states, on rank 0's CPU. Not strict: some weights may never get a gradient.
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 def checkpoints(folder):
@@ -1324,8 +1338,8 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
 
 def save_checkpoint(run):
-    """The weights in float32 and AdamW's two moments, 12 bytes a parameter, and the student's own
-    small files. The order of prompts and all random numbers follow from the step."""
+    """The weights in float32 and AdamW's two moments, 12 bytes a parameter, the log, and the
+    student's own small files. Prompts and random numbers follow from the step."""
     model = run.student.model
     folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
     weights = dcp.get_model_state_dict(model, options=WHOLE)  # collective: rank 0 gets it all
@@ -1337,7 +1351,8 @@ def save_checkpoint(run):
         with complete_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=weights)
             copy_small_files(run.student_folder, temporary, run.student.eos_ids)
-            torch.save(moments, temporary / "optimizer.pt")  # .safetensors are for weights
+            state = {"optimizer": moments, "log": run.log}
+            torch.save(state, temporary / "training.pt")  # servers load all .safetensors as weights
         for old in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(old)
     barrier()
@@ -1358,18 +1373,14 @@ def copy_small_files(source, target, eos_ids):
 
 def resume(run, folder):
     """Restore step, optimizer and log from a checkpoint; the weights have been loaded."""
-    run.step = int(folder.name[-6:])
     with user_file(f"{folder} (without it, --resume takes the checkpoint before)"):
-        moments = torch.load(folder / "optimizer.pt", weights_only=True, mmap=True)
-    dcp.set_optimizer_state_dict(run.student, run.optimizer, moments, options=WHOLE)
-    for group in run.optimizer.param_groups:  # the checkpoint's settings may have been others
+        state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
+    run.step = int(folder.name[-6:])
+    run.log = state["log"]
+    dcp.set_optimizer_state_dict(run.student, run.optimizer, state["optimizer"], options=WHOLE)
+    for group in run.optimizer.param_groups:  # the command's settings win over the checkpoint's
         group["lr"] = run.config.lr
         group["weight_decay"] = run.config.weight_decay
-    for line in broadcast(folder.with_name("metrics.jsonl").read_text().splitlines()):
-        with contextlib.suppress(ValueError):  # a kill may have torn the last line
-            row = json.loads(line)
-            if row["step"] <= run.step:
-                run.log.append(row)
 
 def save_rows(path, rows):
     """A JSON Lines file."""
@@ -1466,10 +1477,9 @@ def start_ranks(config):
         torch.cuda.set_device(LOCAL_RANK)
         # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if WORLD_SIZE > 1:
-        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+    if WORLD_SIZE > 1:  # by default with gloo on a CPU, and with NCCL on GPUs
         # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
-        dist.init_process_group(backend, timeout=timedelta(hours=3))
+        dist.init_process_group(timeout=timedelta(hours=3))
     if not config.output_dir:
         name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
         config.output_dir = broadcast(name)

@@ -121,7 +121,8 @@ def weights_of(folder):
 
 def moments_of(folder):
     """The optimizer's state in a run's newest checkpoint. -> {name: {"exp_avg": ...}}"""
-    return torch.load(f.checkpoints(folder)[-1] / "optimizer.pt", weights_only=True)["state"]
+    state = torch.load(f.checkpoints(folder)[-1] / "training.pt", weights_only=True)
+    return state["optimizer"]["state"]
 
 def assert_same_run(a, b):
     """Two runs agree to the bit: in their logs, their weights and their moments."""
@@ -1497,7 +1498,7 @@ def test_resume_takes_the_learning_rate_and_the_decay_of_the_command(pair, whole
         assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
     assert len(run.optimizer.state) > 0
 
-def test_an_evaluation_that_was_prevented_is_made_up_on_resume(pair, whole, out, monkeypatch):
+def test_a_kill_during_the_last_evaluation_is_made_up_for_on_resume(pair, whole, out, monkeypatch):
     evaluate = f.evaluate
 
     def last_dies(run):
@@ -1509,13 +1510,13 @@ def test_an_evaluation_that_was_prevented_is_made_up_on_resume(pair, whole, out,
         patch.setattr(f, "evaluate", last_dies)
         with pytest.raises(ZeroDivisionError):
             train(pair, out, busy(pair))
-    assert names_in(out)[-1] == "checkpoint-000003"
+    assert names_in(out)[-1] == "checkpoint-000002"
     train(pair, out, busy(pair), resume=True)
     assert_same_run(whole, out)
 
 def test_a_damaged_checkpoint_is_one_line(pair, whole, out, capsys):
     shutil.copytree(whole, out)
-    (f.checkpoints(out)[-1] / "optimizer.pt").write_bytes(b"")
+    (f.checkpoints(out)[-1] / "training.pt").write_bytes(b"")
     said = refusal(flags(pair, out, resume=True, steps=4, **busy(pair)), capsys)
     assert "checkpoint-000003" in said
 
