@@ -7,7 +7,7 @@ and the student is not. One step, and the function for each part (pi_S: student,
 H: entropy of the next token):
 
   1. rollout: responses y ~ pi_S(.|x) = softmax(logits / temperature), and H_S,t of each token
-  2. score: log pi_T(y_t) and H_T,t of each token
+  2. grade: log pi_T(y_t) and H_T,t of each token
   3. filter_trajectories: s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the step
   4. token_weights: w_t = (1 + alpha (1 - H_T,t / max H_T)) (1 + beta H_S,t / max H_S), divided by
      its mean; maximum and mean are those of the trajectory
@@ -22,11 +22,13 @@ marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, model
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-Memory per GPU: 18 bytes per student parameter and 2 per teacher parameter, which --shard divides
-by the number of GPUs; and the larger of the rollouts' cache and the activations of an update.
+Memory per GPU: 18 bytes per student parameter (4 weights, 4 gradients, 8 moments of AdamW, 2 a
+bfloat16 copy) and 2 per teacher parameter, which --shard divides by the number of GPUs. Add the
+larger of two things: the cache of the rollouts, and the activations of an update.
 
-Left out on purpose: a critic, a reward, a reference model and its KL penalty, several updates per
-rollout, top-k or full-vocabulary divergences, an inference server, learning-rate schedules.
+Left out on purpose: a critic, a reward, credit for later tokens (A_t is about y_t alone), a
+reference model and its KL penalty, several updates per rollout, top-k or full-vocabulary
+divergences, an inference server, learning-rate schedules.
 """
 
 import contextlib
@@ -90,16 +92,16 @@ class Config:
     steps: int = setting(100, "steps of training; 0 only evaluates")
     seed: int = setting(0, "seeds the order of the prompts, sampling and the tiny pair")
     teacher: list[str] = field(default_factory=list, metadata={
-        "help": "checkpoint folder or hub name; of several teachers each as NAME=PATH"})
+        "help": "checkpoint folder or hub name; with several teachers NAME=PATH for each"})
     student: str = setting("", "checkpoint folder or hub name")
     prompts: str = setting("", "JSON Lines: prompt or messages; optional answer, teacher, domain")
     eval_prompts: str = setting("", "held-out prompts in the same format")
     enable_thinking: bool = setting(False, "passed on to the chat template")
     max_prompt_tokens: int = setting(1024, "longer prompts are dropped")
     rollout_batch_size: int = setting(64, "rows generated at once on a rank")
-    micro_batch_tokens: int = setting(8192, "tokens in a forward pass of scoring and update")
+    micro_batch_tokens: int = setting(8192, "tokens per forward pass in grading and update")
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time")
-    compile: bool = setting(False, "compile scoring and update: slow at first")
+    compile: bool = setting(False, "compile grading and update: slow at first")
     shard: bool = setting(False, "FSDP2: shard student, optimizer and teachers over the ranks")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on a GPU")
     output_dir: str = setting("", "new folder for metrics and checkpoints; default in runs/")
@@ -108,7 +110,7 @@ class Config:
     save_every: int = setting(
         20, "steps between checkpoints, of which the newest two are kept; 0: at the end")
     config: str = setting("", "JSON file of settings; flags override it")
-    task: str = setting("foreign", "which of the tasks in tiny_config.json, for the tiny pair")
+    task: str = setting("foreign", "the tiny pair's task, one of those in tiny_config.json")
     tiny: dict = field(default_factory=dict, init=False)  # no flag: how the tiny pair is made
 
 # --- The arithmetic of the method: functions of tensors, no models, no globals ------------------
@@ -157,7 +159,7 @@ def filter_trajectories(scores, percentile):
     if not finite.any():
         return finite  # nothing to keep
     threshold = scores[finite].quantile(percentile / 100)
-    threshold = threshold - 1e-9  # rounding must not lose a score that is the quantile
+    threshold = threshold - 1e-9  # interpolation may land just above a score that is the quantile
     return finite & (scores >= threshold)
 
 def relative_entropy(entropy, mask):
@@ -165,7 +167,7 @@ def relative_entropy(entropy, mask):
     entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
     largest = entropy.amax(1, keepdim=True)
     largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)  # 0 / 0 would be NaN
-    return (entropy / largest).clamp(0, 1)
+    return entropy / largest
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the trajectory.
@@ -187,8 +189,9 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. To
-    minimize another divergence E_S[f(u)], u = pi_T / pi_S, take A_t = u f'(u) - f(u) + constant.
+    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. Any other
+    divergence E_S[f(u)], u = exp(log pi_T - log pi_S), has A_t = u f'(u) - f(u) + constant; the
+    reverse KL is f(u) = -log u.
     """
     return teacher_log_probs - student_log_probs
 
@@ -209,9 +212,9 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
-    logits are bfloat16: unbiased noise of 0.01 to 0.02 nats a token. The softmax is float32."""
-    # Autocast caches one bfloat16 copy of a parameter, in which the gradients of all chunks would
-    # add up. It casts `.T`, which is no parameter, anew for each chunk: they add up in float32.
+    logits are bfloat16: unbiased noise of 0.01 to 0.02 nats per token. The softmax is float32."""
+    # Autocast would cache one bfloat16 copy of a parameter and add up every chunk's gradient in
+    # bfloat16. It does not cache `.T`, so each chunk has its own copy, and they add up in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -256,12 +259,12 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
     points = uniforms.double() * cdf[:, -1]  # below the end, as u is below 1
     tokens = torch.searchsorted(cdf, points[:, None], right=True)  # never one of probability 0
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; it is beyond only if logits are NaN
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # [B, 1]; a valid id even if logits are NaN
     log_probs = probs.gather(1, tokens)[:, 0].log()
     entropy = torch.special.entr(probs).sum(1)
     return tokens[:, 0], log_probs, entropy
 
-# What random numbers are for, as part of their key. Changing these changes every run.
+# What random numbers are for, as part of their key. Changing these changes every run; 4 is free.
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
@@ -276,14 +279,19 @@ def stateless_uniforms(key, rows, width):
 
 # --- Ranks: torchrun starts one process (a rank) per GPU; each takes its share of the rows -------
 
+# Ranks wait for each other in every collective, so all of them must call the same ones in the same
+# order. Three things see to it: the tables of a step are the same on every rank, each rank gets
+# as many micro-batches as the others, and each has at least one prompt. With --shard every forward
+# pass is a collective, too, but for the student's decoding.
+
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def sum_over_ranks(table):
-    """Sum a tensor over the ranks, in place. Where each rank has filled its own rows of a table of
-    zeros, the sum is the full table, identical on every rank, so that all of them filter alike."""
+    """Sum a CPU tensor over the ranks (by gloo), in place. Where each rank has filled its own rows
+    of a table of zeros, the sum is the full table, identical on every rank."""
     if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table
@@ -293,7 +301,7 @@ def barrier():
     sum_over_ranks(torch.zeros(1))
 
 def broadcast(value):
-    """Rank 0's value, on every rank. Rank 0 does not wait for the others: see barrier."""
+    """Rank 0's value, on every rank. Rank 0 may return before the others: see barrier."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -304,7 +312,7 @@ def broadcast(value):
 class Policy(nn.Module):
     """`forward` scores given responses, `sample` writes new ones, both at the same temperature.
     eos_ids and vocabulary are sets of ids; only those of the vocabulary are ever sampled."""
-    segment = 64  # every so many tokens, the rows that have ended leave the batch
+    segment = 64  # after this many tokens, the rows that have ended leave the batch
 
     def __init__(self, model, eos_ids, vocabulary, config):
         super().__init__()
@@ -345,7 +353,7 @@ class Policy(nn.Module):
             hidden = hidden[:, :-1][predicts]  # [n, D]
             weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # bf16 in FSDP; the chunks' gradients add up in float32
+                weight = upcast(weight)  # FSDP gives bfloat16, in which chunks must not add up
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
                 hidden, weight, ids[is_response], self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
@@ -358,7 +366,8 @@ class Policy(nn.Module):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
-        # --compile has compiled the blocks for whole sequences; in decoding they stay eager.
+        # One autocast around all of it: it casts the weights once, not for each token. And no
+        # compiled blocks: they would be compiled again for every layer.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
             decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
@@ -367,7 +376,7 @@ class Policy(nn.Module):
                 drawn = decoder.tokens[decoder.rows, :start]  # [n, start]
                 ended = is_eos(drawn, self.eos_ids).any(1)
                 if ended.all():
-                    break  # safe with --shard, too: decoding the student needs no collective
+                    break
                 steps = min(self.segment, T - start)
                 decoder.keep_rows(~ended, room=steps)
                 decoder.decode(steps)
@@ -379,7 +388,7 @@ class Policy(nn.Module):
 @dataclass
 class Prompt:
     """A line of the prompt file."""
-    ids: list  # token ids, the same for the student and its teacher
+    ids: list  # token ids by the student's chat template, also for the teacher
     answer: str | None  # None if it is not known
     teacher: str  # the name of the teacher that grades it
     domain: str  # evaluations also give the figures of each domain
@@ -389,7 +398,7 @@ class Rollouts:
     """The trajectories of one step, as tables on the CPU that are the same on every rank. Column t
     belongs to the t-th token of the response. Values off the mask are undefined."""
     prompts: list  # B prompts
-    lengths: list  # B numbers of tokens, prompt and response
+    total_lengths: list  # B numbers of tokens, prompt and response
     tokens: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool, the response mask
     log_probs: Tensor  # [B, T] log pi_S(y_t), as sampled; the loss takes those of its own pass
@@ -428,15 +437,19 @@ def train_step(run):
     # 1. the student writes
     r = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
     # 2. the teacher grades
-    r.teacher_log_probs, r.teacher_entropy = score(run, r)  # [B, T]
+    r.teacher_log_probs, r.teacher_entropy = grade(run, r)  # [B, T]
     # 3. filter
     r.scores = trajectory_scores(r.teacher_log_probs, r.mask)  # [B]
-    r.keep = filter_trajectories(ranking(run, r.scores), config.filter_percentile)  # [B]
+    ranked_by = r.scores
+    if config.filter_by == "random":
+        ranked_by = random_scores(run, r.scores)
+    r.keep = filter_trajectories(ranked_by, config.filter_percentile)  # [B]
     # 4. reweight
     kept = r.mask & r.keep[:, None]  # [B, T]
-    weights = token_weights(
+    r.weights = token_weights(  # [B, T]
         r.teacher_entropy, r.student_entropy, kept, config.alpha, config.beta)
-    r.weights = weighting(run, weights, kept)  # [B, T]
+    if config.token_weights == "hard":
+        r.weights = hard_weights(r.weights, kept)
     # 5. loss, 6. update
     metrics = update(run, r)
     return r, metrics | measure_step(run, r)
@@ -446,7 +459,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args):
         start = time.perf_counter()
-        result = phase(run, *args)  # ends on the CPU, so a GPU has done its work
+        result = phase(run, *args)  # which lies on the CPU, so a GPU has done its work
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -457,7 +470,7 @@ def step_prompts(run):
     chosen = []
     for i in range(size):
         epoch, place = divmod(run.step * size + i, n)  # counted from the run's start
-        if place == 0 or i == 0:
+        if place == 0 or i == 0:  # a new epoch, or the first prompt of this step
             order = default_rng((run.config.seed, ORDER, epoch)).permutation(n)
         chosen.append(run.prompts[order[place]])
     return chosen
@@ -478,10 +491,10 @@ def rollout(run, prompts, key):
     for table in (tokens, log_probs, entropy):
         sum_over_ranks(table)
     mask = mask_responses(tokens, run.student.eos_ids)
-    lengths = mask.sum(1).tolist()
-    for i, prompt in enumerate(prompts):
-        lengths[i] += len(prompt.ids)
-    return Rollouts(prompts, lengths, tokens, mask, log_probs, entropy)
+    total_lengths = []
+    for prompt, length in zip(prompts, mask.sum(1).tolist()):
+        total_lengths.append(len(prompt.ids) + length)
+    return Rollouts(prompts, total_lengths, tokens, mask, log_probs, entropy)
 
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
@@ -489,7 +502,7 @@ def micro_batches(rows, lengths, budget):
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
-    share = math.ceil(len(rows) / WORLD_SIZE)  # no list takes more, or one rank might get them all
+    share = math.ceil(len(rows) / WORLD_SIZE)  # most rows per list, or one rank could get them all
     batches = []
     room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
@@ -504,12 +517,12 @@ def micro_batches(rows, lengths, budget):
 
 @timed
 @torch.no_grad()
-def score(run, rollouts):
+def grade(run, rollouts):
     """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, T]"""
     tables = torch.zeros(2, *rollouts.mask.shape)  # of which each rank fills its share
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
-        for micro in micro_batches(rows, rollouts.lengths, run.config.micro_batch_tokens):
+        for micro in micro_batches(rows, rollouts.total_lengths, run.config.micro_batch_tokens):
             log_probs, entropy = teacher(*rollouts.select(micro))  # [b, T]
             tables[0, micro] = log_probs.cpu()
             tables[1, micro] = entropy.cpu()
@@ -530,10 +543,10 @@ def update(run, rollouts):
         weights = weights / rollouts.mask.sum(1, keepdim=True)
         divisor = len(rows)
     loss = torch.zeros(())
-    micros = micro_batches(rows, rollouts.lengths, config.micro_batch_tokens)
-    for micro in micros:
-        # DDP reads this: it exchanges gradients in the last backward pass only.
-        run.trained.require_backward_grad_sync = micro is micros[-1]
+    micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
+    for i, micro in enumerate(micros):
+        # DDP reads this (without DDP nobody does): exchange gradients in the last backward only.
+        run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
         tables = (rollouts.teacher_log_probs, weights, rollouts.mask)
@@ -578,24 +591,16 @@ def due(run, every):
 
 # === The method ends here; plumbing follows ======================================================
 
-# --- Two controls for experiments: dropped at random, or weights of two values ------------------
+# --- Two controls for experiments: a random filter, and hard weights -----------------------------
 
-def ranking(run, scores):
-    """What the filter ranks by: the scores, or as a control random numbers. [B] -> [B]"""
-    if run.config.filter_by == "likelihood":
-        return scores
+def random_scores(run, scores):
+    """Random numbers in the place of scores, NaN where these are not finite. [B] -> [B]"""
     key = (run.config.seed, FILTER, run.step)
     noise = stateless_uniforms(key, [0], len(scores))[0]
     return noise.masked_fill(~scores.isfinite(), math.nan)
 
-def weighting(run, weights, mask):
-    """What the loss is weighted by: the weights, or as a control hard ones. [B, T] -> [B, T]"""
-    if run.config.token_weights == "soft":
-        return weights
-    return hard_weights(weights, mask)
-
 def hard_weights(weights, response_mask):
-    """A control: the heavier half of each row's tokens, all alike and with mean 1, the others 0.
+    """The heavier half of each row's tokens, all alike and with mean 1, the others 0.
     weights, response_mask [B, T] -> [B, T], zero off the mask."""
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
@@ -634,8 +639,14 @@ def can_preallocate(model, cache):
             and all(type(layer) is DynamicLayer for layer in cache.layers))
 
 class Decoder:
-    """The responses to b prompts, drawn token by token; n of them are still being written. `step`
-    changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes them anew."""
+    """The responses to b prompts, drawn token by token; n of them are still being written. The L
+    slots of the cache, in each row:
+
+        padding | prompt | response so far | free
+                        ^ width           ^ slot: the newest token's
+
+    `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
+    """
 
     def __init__(self, policy, prompts, uniforms):
         """Feed in the prompts, lists of ids, and draw the first token of each row."""
@@ -649,9 +660,9 @@ class Decoder:
         ids = pad_sequence(ids, batch_first=True, padding_side="left").to(DEVICE)
         self.width = ids.shape[1]
         self.slots = torch.arange(self.width, device=DEVICE)  # [L], all that the cache has
-        self.slot = self.slots[-1:].clone()  # [1], that of the newest token
+        self.slot = self.slots[-1:].clone()  # [1], SHARED with the layers of the cache
         padding = [[self.width - len(prompt)] for prompt in prompts]
-        self.padding = torch.tensor(padding, device=DEVICE)  # [n, 1], slots on the left
+        self.padding = torch.tensor(padding, device=DEVICE)  # [n, 1]
         self.cache = transformers.DynamicCache(config=policy.model.config)
         self.preallocated = can_preallocate(policy.model, self.cache)
         if self.preallocated:
@@ -693,9 +704,9 @@ class Decoder:
         used = self.slot.item() + 1
         total = 8 * math.ceil((used + room) / 8)  # attention kernels want widths of 8
         self.slots = torch.arange(total, device=DEVICE)  # [L]
-        self.cache.reorder_cache(keep.nonzero()[:, 0])  # made for beam search: it takes these rows
+        self.cache.reorder_cache(keep.nonzero()[:, 0])  # despite its name it selects these rows
         if self.preallocated:
-            free = (0, 0, 0, total - used)  # none beside d, so many slots behind those in use
+            free = (0, 0, 0, total - used)  # F.pad: nothing around d, free slots at the end of L
             for layer in self.cache.layers:
                 keys = layer.keys[:, :, :used]
                 values = layer.values[:, :, :used]
@@ -722,7 +733,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_file(name):
-    """Whatever fails in here is the user's file and not the program: one line, no traceback."""
+    """Report what fails in here as a fault of this file: one line instead of a traceback."""
     try:
         yield
     except UserError as error:
@@ -767,8 +778,8 @@ def check(config):
             raise UserError(f"{name} must be greater than 0")
     if config.filter_percentile > 100:
         raise UserError(f"filter_percentile must be at most 100, got {config.filter_percentile}")
-    if config.batch_size % WORLD_SIZE:
-        raise UserError(f"batch_size must be a multiple of the {WORLD_SIZE} ranks")
+    if config.batch_size < WORLD_SIZE:
+        raise UserError(f"batch_size must be at least {WORLD_SIZE}, a prompt for each rank")
     if config.shard and WORLD_SIZE == 1:
         raise UserError("--shard needs several ranks: start the program with torchrun")
     if config.resume and not config.output_dir:
@@ -784,7 +795,7 @@ def check(config):
 
 def final_answer(text):
     """What stands in the last \\boxed{...}, or else the last number, or else all of it."""
-    text = text.split("####")[-1]  # as the solutions of GSM8K end
+    text = text.split("####")[-1]  # where GSM8K's solutions have the answer
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # braces in it one level deep
     # A minus behind a digit, a letter or a bracket is no sign.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
@@ -832,7 +843,8 @@ def measure_step(run, rollouts):
     everything = torch.ones_like(keep)
     metrics = averages(run, rollouts, {"": everything, "_kept": keep, "_dropped": ~keep})
     metrics["keep_ratio"] = keep.float().mean().item()
-    metrics["filter_threshold"] = min(rollouts.scores[keep].tolist(), default=math.nan)
+    kept_scores = rollouts.scores[keep].tolist()
+    metrics["filter_threshold"] = min(kept_scores, default=math.nan)  # the lowest kept score
     weights = rollouts.weights[rollouts.mask & keep[:, None]]  # [n]
     effective_size = weights.mean() ** 2 / weights.square().mean()  # 1 if all are equal
     metrics["weight_ess"] = effective_size.item()
@@ -848,7 +860,7 @@ def evaluate(run):
     if not run.eval_prompts:
         return
     r = rollout(run, run.eval_prompts, (run.config.seed, EVALUATE))
-    r.teacher_log_probs, r.teacher_entropy = score(run, r)
+    r.teacher_log_probs, r.teacher_entropy = grade(run, r)
     r.scores = trajectory_scores(r.teacher_log_probs, r.mask)
     groups = {"": torch.ones(len(r.prompts), dtype=torch.bool)}
     for domain in sorted({prompt.domain for prompt in r.prompts} - {""}):
@@ -1072,10 +1084,8 @@ def parse_prompt(row, tokenizer, config, vocabulary, teachers):
     answer = first_of(row, ["answer", "ground_truth", "solution"])
     if answer is not None:
         answer = str(answer)
-    domain = first_of(row, ["domain"])
-    if domain is None:
-        domain = ""
-    return Prompt(ids, answer, teacher, str(domain))
+    domain = "" if row.get("domain") is None else str(row["domain"])
+    return Prompt(ids, answer, teacher, domain)
 
 def load_prompts(path, tokenizer, config, vocabulary, teachers):
     """The prompts of a JSON Lines file; those that are too long are dropped, and counted."""
@@ -1092,7 +1102,7 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     print0(f"{path}: {len(kept)} of {len(prompts)} prompts have at most --max-prompt-tokens")
     if len(kept) < WORLD_SIZE:
-        raise UserError(f"{path}: fewer prompts than ranks; add some, or raise --max-prompt-tokens")
+        raise UserError(f"{path}: fewer prompts than ranks; add some or raise --max-prompt-tokens")
     return kept
 
 # --- Models --------------------------------------------------------------------------------------
@@ -1124,8 +1134,8 @@ def shared_vocabulary(configs, tokenizers):
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
-            raise UserError(f"{name}: {len(wrong)} of the student's {len(ours)} ids are other "
-                            f"tokens, as {examples}; the models must share a tokenizer")
+            raise UserError(f"{name}: {len(wrong)} of the student's {len(ours)} ids mean other "
+                            f"tokens, e.g. {examples}; the models must share a tokenizer")
         rows = configs[name].get_text_config().vocab_size
         shared &= {i for i in theirs.keys() - differ if i < rows}
     print0(f"vocabulary: {len(shared)} of the student's {len(ours)} tokens are sampled and graded")
@@ -1134,7 +1144,7 @@ def shared_vocabulary(configs, tokenizers):
 def end_ids(path, config, tokenizer):
     """All ids that end a response, as a checkpoint's files list them."""
     generation = GenerationConfig()
-    with contextlib.suppress(OSError):  # there may be no file of it
+    with contextlib.suppress(OSError):  # the file is optional
         generation = GenerationConfig.from_pretrained(path)
     ids = set()
     for holder in (tokenizer, config, generation):
@@ -1143,8 +1153,8 @@ def end_ids(path, config, tokenizer):
     return ids - {None}
 
 def load_policy(name, path, eos_ids, vocabulary, config):
-    """The student, or a teacher of this name, on its device. In eval mode: with dropout, the policy
-    that is trained would differ from the one that wrote the rollouts."""
+    """The student or the named teacher, on its device. In eval mode: with dropout, the policy that
+    is trained would differ from the one that wrote the rollouts."""
     is_student = name == "student"
     dtype = compute_dtype(config)
     if is_student:
@@ -1157,7 +1167,7 @@ def load_policy(name, path, eos_ids, vocabulary, config):
             raise UserError(f"it lacks the weights {sorted(info['missing_keys'])}")
         if model.base_model is model:
             raise UserError(f"{type(model).__name__} is not supported: it has no inner model")
-    # Some can be loaded, but not saved: checkpoints take the file itself along instead.
+    # Some generation configs load but cannot be saved; checkpoints copy the original file.
     model.generation_config = GenerationConfig()
     model.config.get_text_config().output_router_logits = False  # nothing here reads them
     model.requires_grad_(False).eval()
@@ -1260,8 +1270,8 @@ def prepare_training(student, config):
 
 @torch.no_grad()
 def self_test(run, name, policy):
-    """Scoring (our head, no cache, padding on the right) must give the log-probs of sampling
-    (transformers' own forward, with a cache and padding on the left). They differ if a model
+    """`Policy.forward` (chunked head, no cache, padding on the right) must give the log-probs of
+    `sample` (transformers' own head, with a cache, padding on the left). They differ if a model
     scales its logits, or if positions or mask are wrong."""
     by_length = sorted(run.prompts, key=lambda prompt: len(prompt.ids))
     prompts = by_length[:4] + by_length[-4:]
@@ -1280,7 +1290,7 @@ def self_test(run, name, policy):
     gaps = scored.cpu() - sampled
     gap = gaps[mask].abs().mean().item()
     print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
-    limit = 0.1 if policy.bf16 else 1e-4  # of rounding
+    limit = 0.1 if policy.bf16 else 1e-4  # allowance for rounding, more at low temperatures
     if not gap < limit / min(1, run.config.temperature):  # so that NaN fails, too
         raise UserError(f"{name} is not supported: scoring and sampling differ, as they do if a "
                         "model scales or caps its logits, adds a bias to them, sees padding, or "
@@ -1338,7 +1348,7 @@ def checkpoints(folder):
     return sorted(Path(folder).glob("checkpoint-" + "[0-9]" * 6))
 
 def save_checkpoint(run):
-    """The weights in float32 and AdamW's two moments, 12 bytes a parameter, the log, and the
+    """The weights in float32 and AdamW's two moments, 12 bytes per parameter, the log, and the
     student's own small files. Prompts and random numbers follow from the step."""
     model = run.student.model
     folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
@@ -1373,7 +1383,7 @@ def copy_small_files(source, target, eos_ids):
 
 def resume(run, folder):
     """Restore step, optimizer and log from a checkpoint; the weights have been loaded."""
-    with user_file(f"{folder} (without it, --resume takes the checkpoint before)"):
+    with user_file(f"{folder} (delete it to resume from the checkpoint before it)"):
         state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
     run.step = int(folder.name[-6:])
     run.log = state["log"]
@@ -1391,7 +1401,7 @@ def save_rows(path, rows):
 # --- The tiny pair: a teacher and a student made in seconds --------------------------------------
 
 def tiny_tokenizer():
-    """One token a character."""
+    """One token per character."""
     characters = list("0123456789+,=") + ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: i for i, token in enumerate(characters)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))

@@ -850,7 +850,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(pair, tmp_path):
     run = loaded(pair, tmp_path / "out", batch_size=12, max_grad_norm=1e9)
     graded = graded_step(run)
     rows = graded.keep.nonzero()[:, 0].tolist()
-    lengths = graded.lengths
+    lengths = graded.total_lengths
     assert len(f.micro_batches(rows, lengths, 8192)) == 1
     whole, whole_metrics = gradient(run, graded)
     cuts = []
@@ -1348,7 +1348,7 @@ def test_a_quantized_student_is_refused_in_words(pair, tmp_path, capsys, a_copy)
     (cut_weights, "teacher "),
     (with_another_layer, "it lacks the weights"),
     (wider, "teacher "),
-    (of_other_tokens, "teacher: 6 of the student's 16 ids are other tokens, as "
+    (of_other_tokens, "teacher: 6 of the student's 16 ids mean other tokens, e.g. "
                       "[(0, '0', '1'), (1, '1', '0')]; the models must share a tokenizer"),
 ])
 def test_a_bad_checkpoint_is_refused(pair, tmp_path, capsys, a_copy, damage, said):
