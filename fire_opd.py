@@ -190,8 +190,8 @@ def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
     Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. Any other
-    divergence E_S[f(u)], u = exp(log pi_T - log pi_S), has A_t = u f'(u) - f(u) + constant; the
-    reverse KL is f(u) = -log u.
+    divergence E_S[f(u)], u = exp(log pi_T - log pi_S), has A_t = u f'(u) - f(u) + constant (the
+    reverse KL is f(u) = -log u); the loss then has its gradient, but is not its value.
     """
     return teacher_log_probs - student_log_probs
 
@@ -383,7 +383,7 @@ class Policy(nn.Module):
         tables = (decoder.tokens, decoder.log_probs, decoder.entropy)
         return [table.cpu() for table in tables]
 
-# --- One step: rollout, score, filter, reweight, update ------------------------------------------
+# --- One step: rollout, grade, filter, reweight, update ------------------------------------------
 
 @dataclass
 class Prompt:
@@ -432,7 +432,7 @@ class Run:
     seconds: dict = field(default_factory=dict)  # phase -> how long it took
 
 def train_step(run):
-    """One step of FiRe-OPD. -> Rollouts, metrics"""
+    """One step of FiRe-OPD; the caller counts it in run.step. -> Rollouts, metrics"""
     config = run.config
     # 1. the student writes
     r = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
@@ -457,9 +457,9 @@ def train_step(run):
 def timed(phase):
     """A decorator that notes in `run.seconds` how long a phase took."""
     @functools.wraps(phase)
-    def timed_phase(run, *args):
+    def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args)  # which lies on the CPU, so a GPU has done its work
+        result = phase(run, *args, **kwargs)  # which lies on the CPU, so a GPU has done its work
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -477,7 +477,8 @@ def step_prompts(run):
 
 @timed
 def rollout(run, prompts, key):
-    """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts"""
+    """Step 1. The student writes one response to each prompt, each rank its share. -> Rollouts
+    key: see stateless_uniforms."""
     B, T = len(prompts), run.config.max_new_tokens
     tokens = torch.zeros(B, T, dtype=torch.long)
     log_probs = torch.zeros(B, T)
@@ -560,6 +561,9 @@ def update(run, rollouts):
         norm = norm.full_tensor()
     norm = norm.item()
     skipped = not rows or not math.isfinite(loss + norm)  # nothing kept, or a NaN somewhere
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.lr  # here a schedule could depend on run.step, and survive --resume
+        group["weight_decay"] = config.weight_decay
     if not skipped:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
@@ -741,7 +745,7 @@ def user_file(name):
     except Exception as error:
         raise UserError(f"{name}: {type(error).__name__}: {error}") from error
 
-def parse_config(argv=()):
+def parse_config(argv):
     """Defaults, then the JSON file, then the command line. No models given: tiny_config.json."""
     parser = transformers.HfArgumentParser(
         Config, usage="fire_opd.py [--setting value ...]", allow_abbrev=False)
@@ -768,7 +772,7 @@ def parse_config(argv=()):
     return config
 
 def check(config):
-    """Refuse what would fail late or go wrong silently."""
+    """Refuse what would fail late or go wrong silently. No number may be negative."""
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
             raise UserError(f"{name} must be between 0 and 1e9, got {value}")
@@ -817,8 +821,8 @@ def correctness(run, rollouts):
     return correct
 
 def averages(run, rollouts, groups):
-    """Means over the tokens or trajectories of groups of rows; NaN if there are none.
-    groups {suffix of the names: rows [B] bool}"""
+    """Means over the tokens or trajectories of groups of rows; NaN if there are none. Evaluations
+    come here too, without keep and weights. groups {suffix of the names: rows [B] bool}"""
     correct = correctness(run, rollouts)
     ends = rollouts.mask & is_eos(rollouts.tokens, run.student.eos_ids)  # [B, T]
     metrics = {}
@@ -945,7 +949,7 @@ def summarize(run):
     launcher = "python"
     if WORLD_SIZE > 1:
         launcher = f"torchrun --nproc-per-node {WORLD_SIZE}"
-    print0(f"go on: {launcher} {os.path.relpath(__file__)} --config {folder}/config.json --resume "
+    print0(f"go on: {launcher} {os.path.relpath(sys.argv[0])} --config {folder}/config.json --resume "
            f"--steps {2 * run.step}")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
@@ -1218,7 +1222,11 @@ def apply_fsdp(policy, is_student):
     register_fsdp_forward_method(policy, "sample")
 
 def load_run(config):
-    """Everything a run needs. What is cheap to check comes before what is slow. -> Run"""
+    """Everything a run needs. What is cheap to check comes before what is slow. -> Run
+
+    In a notebook: config = parse_config(["--steps", "5"]); start_ranks(config);
+    run = load_run(config); rollouts, metrics = train_step(run)
+    """
     if config.tiny:
         claim_folder(config)
         make_tiny(config)  # in this folder
@@ -1264,9 +1272,7 @@ def prepare_training(student, config):
     if WORLD_SIZE > 1 and not config.shard:
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.lr, weight_decay=config.weight_decay, fused=True)
-    return trained, optimizer
+    return trained, torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
 
 @torch.no_grad()
 def self_test(run, name, policy):
@@ -1388,9 +1394,6 @@ def resume(run, folder):
     run.step = int(folder.name[-6:])
     run.log = state["log"]
     dcp.set_optimizer_state_dict(run.student, run.optimizer, state["optimizer"], options=WHOLE)
-    for group in run.optimizer.param_groups:  # the command's settings win over the checkpoint's
-        group["lr"] = run.config.lr
-        group["weight_decay"] = run.config.weight_decay
 
 def save_rows(path, rows):
     """A JSON Lines file."""
@@ -1494,7 +1497,7 @@ def start_ranks(config):
         name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
         config.output_dir = broadcast(name)
 
-def main(argv=()):
+def main(argv):
     """The command: main(["--steps", "5"]) is `python fire_opd.py --steps 5`. A user's mistake is
     one line and SystemExit with status 2."""
     try:

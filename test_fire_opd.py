@@ -1494,6 +1494,7 @@ def test_a_folder_in_which_nothing_can_be_renamed_is_refused_at_the_start(
 def test_resume_takes_the_learning_rate_and_the_decay_of_the_command(pair, whole, out):
     shutil.copytree(whole, out)
     run = loaded(pair, out, resume=True, lr=0.25, weight_decay=0.5)
+    f.train_step(run)
     for group in run.optimizer.param_groups:
         assert (group["lr"], group["weight_decay"]) == (0.25, 0.5)
     assert len(run.optimizer.state) > 0

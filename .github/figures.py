@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-SEEDS = (0, 1, 2, 3, 4)
 SUMS, MAXIMA = "eval/exact_match/+", "eval/exact_match/,"
 ARMS = ("OPD", "random-filter", "filter-only", "reweight-only", "FiRe-OPD", "hard-tokens",
         "as-released", "threshold")
@@ -15,8 +14,8 @@ FILTERS = ("0", "10", "20", "40", "60", "threshold")
 def evaluations(name, metric):
     """Exact match of all evaluations of a run. -> [seeds, evaluations]"""
     table = []
-    for seed in SEEDS:
-        rows = map(json.loads, open(Path("runs", name, str(seed), "metrics.jsonl")))
+    for log in sorted(Path("runs", name).glob("*/metrics.jsonl")):
+        rows = [json.loads(line) for line in open(log)]
         table.append([row[metric] for row in rows if metric in row])
     return np.array(table)
 
