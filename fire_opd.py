@@ -1272,7 +1272,12 @@ def prepare_training(student, config):
     if WORLD_SIZE > 1 and not config.shard:
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    return trained, torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
+    optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
+    for p in parameters:  # else saving before the first update makes a state with one step done
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return trained, optimizer
 
 @torch.no_grad()
 def self_test(run, name, policy):
