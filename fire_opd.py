@@ -206,7 +206,7 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """
     mask = mask.bool()
     log_probs, weights = log_probs[mask], weights[mask]  # [n], the valid tokens
-    advantages = token_advantages(teacher_log_probs[mask], log_probs.detach())
+    advantages = token_advantages(teacher_log_probs[mask], log_probs)
     ratio = (log_probs - log_probs.detach()).exp()  # 1, with the gradient of log pi_S
     return -(ratio * (weights * advantages).detach()).sum() / divisor
 

@@ -231,6 +231,12 @@ def test_the_filter_threshold_is_numpys_quantile_of_the_finite_scores(seed):
 def test_the_filter_keeps_ties_and_never_what_has_no_score(scores, percentile, expected):
     assert f.filter_trajectories(torch.tensor(scores), percentile).tolist() == expected
 
+@pytest.mark.parametrize("percentile", [7, 14, 28, 55, 56, 57, 58])
+def test_a_score_that_is_the_quantile_is_kept(percentile):
+    """Of 101 scores: the place 0.55 * 100 is 55.00000000000001 in floats."""
+    scores = torch.linspace(-3, 0, 101, dtype=torch.float64)
+    assert f.filter_trajectories(scores, percentile).sum() == 101 - percentile
+
 @pytest.mark.parametrize("percentile", [-1, 100.1, math.nan])
 def test_a_percentile_out_of_bounds_is_an_error(percentile):
     with pytest.raises(ValueError, match="percentile"):
@@ -548,6 +554,15 @@ def test_sampling_at_the_ends_of_the_unit_interval_gives_tokens_that_exist():
     assert tokens[0] == 1
     assert tokens[2] == 151934
     assert log_probs.isfinite().all()
+
+def test_a_large_vocabulary_is_sampled_as_in_float64():
+    torch.manual_seed(0)
+    logits = torch.randn(64, 151936)
+    uniforms = random_uniforms(64, 1)[:, 0]
+    tokens, _, _ = f.sample_tokens(logits, uniforms)
+    cdf = logits.softmax(1).double().numpy().cumsum(1)
+    for row, u, token in zip(cdf, uniforms.tolist(), tokens.tolist()):
+        assert token == np.searchsorted(row, u * row[-1], side="right")
 
 def test_sampling_from_nan_gives_nan_and_does_not_crash():
     logits = torch.full((1, 4), math.nan)
@@ -979,8 +994,10 @@ def test_compile_changes_no_figure_and_leaves_decoding_alone(pair, tmp_path, mon
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager = loaded(pair, tmp_path / "eager")
     compiled = loaded(pair, tmp_path / "compiled", compile=True)
-    f.rollout(compiled, compiled.prompts[:4], KEY)
+    torch._dynamo.reset()  # what was compiled would have to be compiled again
     count = len(traced)
+    f.rollout(compiled, compiled.prompts[:4], KEY)
+    assert len(traced) == count  # decoding is eager
     _, expected = f.train_step(eager)
     _, metrics = f.train_step(compiled)
     assert_same_metrics([metrics | {"step": 1}], [expected | {"step": 1}], rel=1e-4, abs=1e-6)
@@ -1188,6 +1205,12 @@ def test_a_prompt_that_its_template_loses_is_refused():
     with pytest.raises(f.UserError, match="it has no tokens"):
         parse({"prompt": "12"}, tokenizer)
 
+def test_a_byte_order_mark_and_blank_lines_are_skipped(pair, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "12+="}\r\n\n{"prompt": "34+="}\n')
+    run = loaded(pair, tmp_path / "out", prompts=path)
+    assert [prompt.ids[0] for prompt in run.prompts] == [1, 3]
+
 def test_longer_prompts_are_dropped_and_counted(pair, tmp_path, capsys):
     run = loaded(pair, tmp_path / "out", max_prompt_tokens=8)
     assert max(len(prompt.ids) for prompt in run.prompts) == 8
@@ -1226,6 +1249,11 @@ def test_a_token_that_the_teacher_lacks_is_never_sampled_and_refused_in_prompts(
     prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": "12+="}, {"prompt": "17+="}])
     said = refusal(flags(pair, tmp_path / "other", teacher=a_copy, prompts=prompts), capsys)
     assert "p.jsonl line 2: its tokens ['7'] are not known to all models" in said
+
+def test_a_token_without_an_embedding_is_never_sampled(pair, tmp_path):
+    save_model(tmp_path / "short", 5, vocab_size=15)  # of the 16 tokens, one has no row
+    run = loaded(pair, tmp_path / "out", teacher=tmp_path / "short")
+    assert (run.student.vocabulary_bias == 0).sum() == 15
 
 def test_reserved_tokens_may_differ_and_are_left_out(pair, tmp_path, a_copy):
     text = (a_copy / "tokenizer.json").read_text()
