@@ -994,6 +994,8 @@ def test_compile_changes_no_figure_and_leaves_decoding_alone(pair, tmp_path, mon
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     eager = loaded(pair, tmp_path / "eager")
     compiled = loaded(pair, tmp_path / "compiled", compile=True)
+    if not traced:
+        pytest.skip("nothing is compiled here")
     torch._dynamo.reset()  # what was compiled would have to be compiled again
     count = len(traced)
     f.rollout(compiled, compiled.prompts[:4], KEY)
