@@ -10,6 +10,7 @@ themselves where there is none.
 
 import copy
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -1669,6 +1670,15 @@ def test_a_tiny_run_makes_its_pair_once_and_goes_on(tmp_path, out, capsys):
     assert "the tiny student:" not in capsys.readouterr().out  # it is not made again
     f.main(["--config", str(out / "config.json"), "--steps", "3", "--resume"])
     assert names_in(out) == ["checkpoint-000002", "checkpoint-000003"]
+
+# --- The README ----------------------------------------------------------------------------------
+
+def test_the_readme_shows_train_step_as_it_is_and_flags_that_exist():
+    readme = FILE.with_name("README.md").read_text(encoding="utf-8")
+    assert inspect.getsource(f.train_step) in readme
+    flags = set(re.findall(r"--([a-z]+(?:-[a-z]+)*)", readme)) - {"nproc-per-node"}
+    assert len(flags) > 10
+    assert flags <= {name.replace("_", "-") for name in vars(f.Config())} | {"help"}
 
 # --- A GPU: these skip themselves where there is none; all others run on the CPU -----------------
 
