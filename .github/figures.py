@@ -87,8 +87,8 @@ def draw_map():
             below = sum(float(name) <= 100 * share for name in FILTERS[:-1])
             border += f" H{left + 56 * below - 0.5} V{54 + 34 * (i + 1)}"
         shapes.append(f'<path d="{border}" fill="none" stroke="#111" stroke-width="2"/>')
-    shapes.append(text(70, 248, "rows: share of maxima among the prompts; columns: what the filter "
-                       "drops, or keeps; right of the line it drops more than that share"))
+    shapes.append(text(70, 248, "rows: share of maxima among the prompts; columns: share of rollouts "
+                       "that the filter drops, or its threshold"))
     Path(".github/map.svg").write_text(svg(820, 262, shapes))
 
 print_table()
