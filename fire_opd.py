@@ -22,9 +22,10 @@ marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, model
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-Memory per GPU: 18 bytes per student parameter (4 weights, 4 gradients, 8 moments of AdamW, 2 a
-bfloat16 copy) and 2 per teacher parameter, which --shard divides by the number of GPUs. Add the
-larger of two things: the cache of the rollouts, and the activations of an update.
+Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
+moments, 2 for a bfloat16 copy) and 2 per teacher parameter; --shard divides all but the copy by the
+number of GPUs. Add the larger of two things: the cache of the rollouts, and the activations of an
+update.
 
 Left out on purpose: a critic, a reward, credit for later tokens (A_t is about y_t alone), a
 reference model and its KL penalty, several updates per rollout, top-k or full-vocabulary
@@ -189,9 +190,9 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. Any other
-    divergence E_S[f(u)], u = exp(log pi_T - log pi_S), has A_t = u f'(u) - f(u) + constant (the
-    reverse KL is f(u) = -log u); the loss then has its gradient, but is not its value.
+    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. For
+    another divergence E_S[f(u)], with u = pi_T / pi_S and f'(1) = 0, return u f'(u) - f(u): the
+    loss then has its gradient. The reverse KL is f(u) = u - 1 - log u, which gives log u.
     """
     return teacher_log_probs - student_log_probs
 
@@ -201,8 +202,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     r_t is 1 and has the gradient of log pi_S: the loss is the weighted reverse KL, its gradient
     REINFORCE's. The released code clips r_t, which only acts if a rollout serves several updates.
     All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
-    micro-batches are summed. With seq-mean it is the number of kept rollouts, and weights come
-    divided by the length of their response.
+    micro-batches are summed. With seq-mean it is the number of kept rollouts, and `update` has
+    divided the weights by the length of their response.
     """
     mask = mask.bool()
     log_probs, weights = log_probs[mask], weights[mask]  # [n], the valid tokens
@@ -212,9 +213,10 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
-    logits are bfloat16: unbiased noise of 0.01 to 0.02 nats per token. The softmax is float32."""
-    # Autocast would cache one bfloat16 copy of a parameter and add up every chunk's gradient in
-    # bfloat16. It does not cache `.T`, so each chunk has its own copy, and they add up in float32.
+    logits are bfloat16 (noise of 0.01 to 0.02 nats per token, no bias), the softmax is float32."""
+    # The autocast of `Policy.forward` would keep one bfloat16 copy of a parameter, and in it add up
+    # the gradients of all chunks. It keeps none of `W.T`: each chunk casts anew, and they add up in
+    # float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -253,7 +255,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
-    is in float64, because in float32 it misses 1 over 152 k tokens; u is scaled by its last entry.
+    is in float64, because in float32 it ends short of 1 over 152 k tokens.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -264,7 +266,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     entropy = torch.special.entr(probs).sum(1)
     return tokens[:, 0], log_probs, entropy
 
-# What random numbers are for, as part of their key. Changing these changes every run; 4 is free.
+# What random numbers are for, as part of their key. Changing these changes every run.
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
@@ -282,7 +284,7 @@ def stateless_uniforms(key, rows, width):
 # Ranks wait for each other in every collective, so all of them must call the same ones in the same
 # order. Three things see to it: the tables of a step are the same on every rank, each rank gets
 # as many micro-batches as the others, and each has at least one prompt. With --shard every forward
-# pass is a collective, too, but for the student's decoding.
+# pass is a collective, too; of the student's decoding only the first is (see `apply_fsdp`).
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -301,7 +303,7 @@ def barrier():
     sum_over_ranks(torch.zeros(1))
 
 def broadcast(value):
-    """Rank 0's value, on every rank. Rank 0 may return before the others: see barrier."""
+    """Rank 0's value, on every rank. Rank 0 may return before the others."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -320,9 +322,9 @@ class Policy(nn.Module):
         self.eos_ids = eos_ids
         self.temperature = config.temperature
         self.bf16 = compute_dtype(config) == torch.bfloat16  # autocast matrix products
-        self.use_cuda_graph = False  # in decoding; `load_policy` turns it on
+        self.use_cuda_graph = False  # in decoding; `prepare_student` turns it on
         # Some rows of the head are padding, or tokens that another model lacks. A bias of minus
-        # infinity excludes them. Cutting them off would leave an odd width, slow on a GPU.
+        # infinity excludes them. Cutting them off would leave an odd V, slow on a GPU.
         head = model.get_output_embeddings().weight  # [V, D]
         bias = torch.full(head.shape[:1], -torch.inf)
         bias[sorted(vocabulary)] = 0
@@ -354,11 +356,11 @@ class Policy(nn.Module):
             weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
                 weight = upcast(weight)  # FSDP gives bfloat16, in which chunks must not add up
-            log_probs, entropy = token_log_probs_and_entropy(  # [n]
+            log_probs, entropy = token_log_probs_and_entropy(  # [n]; no row begins with a response
                 hidden, weight, ids[is_response], self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
         mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)  # to put the n values back in their places
+        zeros = log_probs.new_zeros(mask.shape)  # in which the n values return to their places
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
@@ -367,7 +369,7 @@ class Policy(nn.Module):
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
         # One autocast around all of it: it casts the weights once, not for each token. And no
-        # compiled blocks: they would be compiled again for every layer.
+        # compiled blocks: with a cache, which differs, each layer would be compiled by itself.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
             decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
@@ -391,7 +393,7 @@ class Prompt:
     ids: list  # token ids by the student's chat template, also for the teacher
     answer: str | None  # None if it is not known
     teacher: str  # the name of the teacher that grades it
-    domain: str  # evaluations also give the figures of each domain
+    domain: str  # evaluations are also broken down by domain
 
 @dataclass
 class Rollouts:
@@ -423,7 +425,7 @@ class Run:
     prompts: list  # of Prompt
     eval_prompts: list
     student: Policy
-    trained: nn.Module  # the student as the update sees it: on several ranks in torch's DDP
+    trained: nn.Module  # the student, or on several ranks without --shard DDP around it
     student_folder: Path  # where it came from
     optimizer: torch.optim.Optimizer
     teachers: dict = field(default_factory=dict)  # name -> Policy
@@ -459,7 +461,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args, **kwargs)  # which lies on the CPU, so a GPU has done its work
+        result = phase(run, *args, **kwargs)  # on the CPU: the GPU has finished
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -503,13 +505,13 @@ def micro_batches(rows, lengths, budget):
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
-    share = math.ceil(len(rows) / WORLD_SIZE)  # most rows per list, or one rank could get them all
+    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank could get all the rows
     batches = []
     room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
         if room == 0:
             batches.append([])
-            room = min(share, max(1, budget // lengths[i]))
+            room = min(most_rows, max(1, budget // lengths[i]))
         batches[-1].append(i)
         room -= 1
     while len(batches) % WORLD_SIZE:
@@ -546,13 +548,14 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # DDP reads this (without DDP nobody does): exchange gradients in the last backward only.
+        # What DDP's no_sync() sets (without DDP nobody reads it): only the last backward exchanges
+        # gradients.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
-        tables = (rollouts.teacher_log_probs, weights, rollouts.mask)
-        rows_of_tables = [table[micro].to(DEVICE) for table in tables]
-        part = policy_loss(log_probs, *rows_of_tables, divisor)
+        part = policy_loss(
+            log_probs, rollouts.teacher_log_probs[micro].to(DEVICE), weights[micro].to(DEVICE),
+            rollouts.mask[micro].to(DEVICE), divisor)
         (part * WORLD_SIZE).backward()  # DDP and FSDP take the mean over ranks, we want the sum
         loss += part.detach().cpu()
     loss = sum_over_ranks(loss).item()
@@ -572,8 +575,8 @@ def update(run, rollouts):
 # --- The run -------------------------------------------------------------------------------------
 
 def train(config):
-    """A whole run, or with --resume the rest of one. It may be killed at any time: the work since
-    the newest checkpoint is repeated, with the same prompts and the same random numbers."""
+    """A whole run, or with --resume the rest of one. It may be killed at any time: --resume repeats
+    the work since the newest checkpoint, with the same prompts and the same random numbers."""
     run = load_run(config)
     if run.step == 0:
         evaluate(run)
@@ -608,15 +611,15 @@ def hard_weights(weights, response_mask):
     weights, response_mask [B, T] -> [B, T], zero off the mask."""
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
-    order = weights.argsort(dim=1, descending=True, stable=True)
-    places = order.argsort(1)  # of each token in its row, from the heaviest on
+    order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
+    places = order.argsort(1)  # of each token in its row, heaviest first
     return (places < half) * lengths / half.clamp(min=1)
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values [n, heads, L, d] with free slots, into which the coming tokens are written:
-    appending would copy all of them for every token."""
+    """Keys and values [n, heads, L, d] with free slots, into which later tokens are written, while
+    appending would copy everything for every token. `Decoder.keep_rows` adds the free slots."""
 
     def __init__(self, slot):
         super().__init__()
@@ -646,8 +649,8 @@ class Decoder:
     """The responses to b prompts, drawn token by token; n of them are still being written. The L
     slots of the cache, in each row:
 
-        padding | prompt | response so far | free
-                        ^ width           ^ slot: the newest token's
+        padding | prompt | response | free
+                        ^ width    ^ slot: of the last token fed in; the newest comes next
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -681,7 +684,7 @@ class Decoder:
             input_ids=ids, attention_mask=attention, position_ids=positions,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1] + self.policy.vocabulary_bias  # [n, V]
-        column = self.slot - (self.width - 1)  # [1], the same for all rows
+        column = self.slot - (self.width - 1)  # [1], the same for all rows; 0 after the prompts
         uniforms = self.uniforms[self.rows, column]
         tokens, log_probs, entropy = sample_tokens(logits, uniforms, self.policy.temperature)
         self.tokens[self.rows, column] = tokens
@@ -701,7 +704,7 @@ class Decoder:
         self.ids.copy_(self.draw(self.ids, attention, positions))
 
     def keep_rows(self, keep, room):
-        """Go on with some of the n rows, bool [n], and make room for this many tokens."""
+        """Continue with some of the n rows, bool [n], and make room for this many tokens."""
         self.rows = self.rows[keep]
         self.ids = self.ids[keep]
         self.padding = self.padding[keep]
@@ -721,7 +724,7 @@ class Decoder:
         """Decode this many steps. A CUDA graph runs their kernels without Python in between."""
         step = self.step
         step()  # also warms up what is initialized lazily, which cannot be captured
-        if self.policy.use_cuda_graph and self.preallocated and steps > 2:
+        if self.policy.use_cuda_graph and self.preallocated:
             graph = torch.cuda.CUDAGraph()
             # thread_local: CUDA calls of other threads, such as NCCL's, do not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -758,7 +761,7 @@ def parse_config(argv):
         with user_file(path):
             settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             tiny = settings.pop("tiny", {})
-        for name, value in settings.items():  # as flags, so that they are checked like flags
+        for name, value in settings.items():  # as flags: checked like flags, and later ones win
             if value not in (None, []):
                 values = value if isinstance(value, list) else [value]
                 words += ["--" + name, *map(str, values)]
@@ -766,10 +769,6 @@ def parse_config(argv):
     config.tiny = tiny
     if argv.count("--teacher") > 1:
         raise UserError("give all teachers after one --teacher")
-    if config.resume and path and not config.output_dir:
-        folder = Path(path).parent
-        if (folder / "metrics.jsonl").exists():  # the config.json of a run, perhaps a moved one
-            config.output_dir = str(folder)
     check(config)
     return config
 
@@ -789,7 +788,7 @@ def check(config):
     if config.shard and WORLD_SIZE == 1:
         raise UserError("--shard needs several ranks: start the program with torchrun")
     if config.resume and not config.output_dir:
-        raise UserError("--resume needs the --output-dir of the run, or its config.json")
+        raise UserError("--resume needs the --output-dir of the run")
     if config.output_dir and os.path.exists(config.output_dir) and not config.resume:
         raise UserError(f"{config.output_dir} exists: add --resume, or change --output-dir")
     given = [config.teacher, config.student, config.prompts]
@@ -804,10 +803,10 @@ def check(config):
 # --- Metrics and evaluation ----------------------------------------------------------------------
 
 def final_answer(text):
-    """What stands in the last \\boxed{...}, or else the last number, or else all of it."""
+    """The content of the last \\boxed{...}, or else the last number, or else all of the text."""
     text = text.split("####")[-1]  # where GSM8K's solutions have the answer
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # braces in it one level deep
-    # A minus behind a digit, a letter or a bracket is no sign.
+    # A minus after a digit, a letter or a bracket is not a sign.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
     found = boxes or numbers or [text]
     answer = re.sub(r"[\s$,]", "", found[-1])
@@ -939,7 +938,7 @@ def report_step(run, rollouts, metrics):
             print0(f"{x['verdict']}: {prompt!r} -> {response!r}")
 
 def summarize(run):
-    """What changed from first to last, and how to go on."""
+    """What changed from first to last, and how to continue."""
     print0(f"\n{'':24}{'first':>12}{'last':>12}")
     names = {name for row in run.log for name in row}
     for name in sorted(names):
@@ -956,8 +955,8 @@ def summarize(run):
     if WORLD_SIZE > 1:
         launcher = f"torchrun --nproc-per-node {WORLD_SIZE}"
     program = os.path.relpath(sys.argv[0])
-    print0(f"go on: {launcher} {program} --config {folder}/config.json --resume "
-           f"--steps {2 * run.step}")
+    print0(f"continue: {launcher} {program} --config {folder}/config.json --output-dir {folder} "
+           f"--resume --steps {2 * run.step}")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
 :root { color-scheme: light dark }
@@ -1134,7 +1133,7 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-    That embeddings are equally wide proves nothing, since they are padded.
+    That embeddings have as many rows proves nothing, since they are padded.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1223,7 +1222,7 @@ def apply_fsdp(policy, is_student):
     """FSDP2. A teacher's block is gathered when it runs. The student stays unsharded from its first
     sampled token to a backward pass: gathering it for every token would be far too slow."""
     precision = MixedPrecisionPolicy()
-    if is_student and policy.bf16:  # inputs keep their dtype: uniforms in bf16 could become 1
+    if is_student and policy.bf16:  # inputs keep their dtype: in bf16 sample's uniforms may be 1
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # The policy comes last and takes what is left: its head may be tied to its embedding.
     for module in blocks(policy.model) + [policy]:
@@ -1237,8 +1236,8 @@ def load_run(config):
     run = load_run(config); rollouts, metrics = train_step(run)
     """
     if config.tiny:
-        claim_folder(config)
-        make_tiny(config)  # in this folder
+        claim_folder(config)  # before make_tiny fills in paths, which config.json must not list
+        make_tiny(config)
     paths = {"student": config.student} | teacher_paths(config)
     configs, tokenizers, eos_ids = {}, {}, set()
     for name, path in paths.items():
@@ -1282,7 +1281,7 @@ def prepare_training(student, config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
-    for p in parameters:  # else saving before the first update makes a state with one step done
+    for p in parameters:  # else torch makes it when it saves, by a step that it counts as done
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1325,7 +1324,7 @@ def claim_folder(config):
         return
     folder = Path(config.output_dir)
     with user_file(f"output folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=config.resume)  # of two that start now, one fails
+        folder.mkdir(parents=True, exist_ok=config.resume)  # of two runs that start now, one fails
         with complete_folder(folder / "trial"):  # a mounted bucket may not be able to rename
             pass
         (folder / "trial").rmdir()
@@ -1335,8 +1334,8 @@ def claim_folder(config):
         (folder / "metrics.jsonl").touch()
 
 def write_settings(config, path):
-    """config.json: the settings, but for the place of the folder, so that it can be moved. With
-    --resume, say in which they differ from before."""
+    """config.json: the settings except the folder's place, so that it can be moved. With --resume,
+    warn of those that differ from before."""
     settings = dict(vars(config))
     for name in ("config", "resume", "output_dir"):
         del settings[name]
@@ -1362,7 +1361,7 @@ def complete_folder(folder):
             path.chmod(temporary.stat().st_mode & 0o666)
     temporary.rename(folder)
 
-# Full (unsharded) states, on rank 0's CPU. Not strict: some weights may never get a gradient.
+# Full (unsharded) states, on rank 0's CPU. Not strict: what is not trained has no moments.
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
 def checkpoints(folder):
@@ -1378,7 +1377,7 @@ def save_checkpoint(run):
     moments = dcp.get_optimizer_state_dict(run.student, run.optimizer, options=WHOLE)
     if RANK == 0:
         names = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name in weights.keys() - names.keys():  # a tied head, which is the embedding
+        for name in weights.keys() - names.keys():  # a tied head: named once, as the embedding
             del weights[name]
         with complete_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=weights)
