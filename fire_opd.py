@@ -81,9 +81,9 @@ class Config:
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
     beta: float = setting(1.0, "strength of student confusion in the weights")
     token_weights: Literal["soft", "hard"] = setting(
-        "soft", "hard: a control that trains on the heavier half of the tokens alone")
+        "soft", "hard: a control that trains on only the heavier half of the tokens")
     loss_agg: Literal["token-mean", "seq-mean"] = setting(
-        "token-mean", "the mean over all tokens, or over rollouts of their own means")
+        "token-mean", "mean over all tokens, or mean over the rollouts of each rollout's mean")
     temperature: float = setting(1.0, "softmax temperature of both models, in sampling and scoring")
     batch_size: int = setting(64, "prompts per step, over all ranks, with one rollout each")
     max_new_tokens: int = setting(1024, "longest response")
@@ -190,17 +190,18 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    Its mean over samples estimates -KL(pi_S || pi_T): the k1 estimate of the reverse KL. For
-    another divergence E_S[f(u)], with u = pi_T / pi_S and f'(1) = 0, return u f'(u) - f(u): the
-    loss then has its gradient. The reverse KL is f(u) = u - 1 - log u, which gives log u.
+    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). To train another divergence
+    E_S[f(u)], with u = pi_T / pi_S and f'(1) = 0, return u f'(u) - f(u): the gradient of
+    `policy_loss` is then that of the divergence. The reverse KL has f(u) = u - 1 - log u.
     """
     return teacher_log_probs - student_log_probs
 
 def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
-    r_t is 1 and has the gradient of log pi_S: the loss is the weighted reverse KL, its gradient
-    REINFORCE's. The released code clips r_t, which only acts if a rollout serves several updates.
+    r_t is 1 and has the gradient of log pi_S: the value estimates the weighted reverse KL, and the
+    gradient is REINFORCE's. The released code clips r_t, which only acts if a rollout serves
+    several updates.
     All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
     micro-batches are summed. With seq-mean it is the number of kept rollouts, and `update` has
     divided the weights by the length of their response.
@@ -213,10 +214,10 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
-    logits are bfloat16 (noise of 0.01 to 0.02 nats per token, no bias), the softmax is float32."""
-    # The autocast of `Policy.forward` would keep one bfloat16 copy of a parameter, and in it add up
-    # the gradients of all chunks. It keeps none of `W.T`: each chunk casts anew, and they add up in
-    # float32.
+    logits are bfloat16, with unbiased noise of 0.01 to 0.02 nats; the softmax is float32."""
+    # The autocast of `Policy.forward` caches a bfloat16 copy of each parameter, and the gradients of
+    # all chunks would be summed in that copy. `W.T` is no parameter: each chunk casts it anew, and
+    # the gradients are summed in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -255,7 +256,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
-    is in float64, because in float32 it ends short of 1 over 152 k tokens.
+    is in float64: in float32, rounding over 152 k tokens would distort the tail.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -284,7 +285,8 @@ def stateless_uniforms(key, rows, width):
 # Ranks wait for each other in every collective, so all of them must call the same ones in the same
 # order. Three things see to it: the tables of a step are the same on every rank, each rank gets
 # as many micro-batches as the others, and each has at least one prompt. With --shard every forward
-# pass is a collective, too; of the student's decoding only the first is (see `apply_fsdp`).
+# pass is a collective, too, except in decoding: the student stays whole after its first token, so
+# ranks may decode different lengths.
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -292,8 +294,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def sum_over_ranks(table):
-    """Sum a CPU tensor over the ranks (by gloo), in place. Where each rank has filled its own rows
-    of a table of zeros, the sum is the full table, identical on every rank."""
+    """Sum a CPU tensor over the ranks, in place; gloo does it, also in runs on GPUs. If each rank
+    has filled its rows of a table of zeros, the sum is the full table, identical on every rank."""
     if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table
@@ -343,7 +345,7 @@ class Policy(nn.Module):
             row_ids = torch.tensor(prompt + row[valid].tolist())
             ids.append(row_ids)
             is_response.append(torch.arange(len(row_ids)) >= len(prompt))
-        if not prompts:  # a rank without rows must still join in: one row without a response
+        if not prompts:  # a rank without rows must still join in, with nothing to score
             ids.append(torch.tensor([0, 0]))
             is_response.append(torch.tensor([False, False]))
         # Padding is on the right, where a causal model never looks: no attention mask.
@@ -353,14 +355,15 @@ class Policy(nn.Module):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             predicts = is_response[:, 1:]  # [b, L - 1], as position t - 1 predicts token t
             hidden = hidden[:, :-1][predicts]  # [n, D]
+            targets = ids[:, 1:][predicts]  # [n]
             weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP gives bfloat16, in which chunks must not add up
-            log_probs, entropy = token_log_probs_and_entropy(  # [n]; no row begins with a response
-                hidden, weight, ids[is_response], self.temperature, bias=self.vocabulary_bias,
+                weight = upcast(weight)  # FSDP gives bfloat16; see chunk_log_probs
+            log_probs, entropy = token_log_probs_and_entropy(  # [n]
+                hidden, weight, targets, self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
         mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)  # in which the n values return to their places
+        zeros = log_probs.new_zeros(mask.shape)  # to scatter the n values back into tables
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
@@ -369,7 +372,7 @@ class Policy(nn.Module):
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
         # One autocast around all of it: it casts the weights once, not for each token. And no
-        # compiled blocks: with a cache, which differs, each layer would be compiled by itself.
+        # compiled blocks: with a cache each depends on its layer_idx, and would be compiled anew.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
             decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
@@ -425,7 +428,7 @@ class Run:
     prompts: list  # of Prompt
     eval_prompts: list
     student: Policy
-    trained: nn.Module  # the student, or on several ranks without --shard DDP around it
+    trained: nn.Module  # the student, wrapped in DDP on several ranks without --shard
     student_folder: Path  # where it came from
     optimizer: torch.optim.Optimizer
     teachers: dict = field(default_factory=dict)  # name -> Policy
@@ -461,7 +464,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args, **kwargs)  # on the CPU: the GPU has finished
+        result = phase(run, *args, **kwargs)  # its tensors are on the CPU, so the GPU has finished
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -505,7 +508,7 @@ def micro_batches(rows, lengths, budget):
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
-    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank could get all the rows
+    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list: one list is the work of one rank
     batches = []
     room = 0  # how many rows the last list still takes
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
@@ -548,7 +551,7 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # What DDP's no_sync() sets (without DDP nobody reads it): only the last backward exchanges
+        # As DDP's no_sync() does (without DDP nobody reads it): only the last backward exchanges
         # gradients.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
@@ -601,25 +604,25 @@ def due(run, every):
 # --- Two controls for experiments: a random filter, and hard weights -----------------------------
 
 def random_scores(run, scores):
-    """Random numbers in the place of scores, NaN where these are not finite. [B] -> [B]"""
+    """Random numbers in place of the scores, NaN where they are not finite. [B] -> [B]"""
     key = (run.config.seed, FILTER, run.step)
     noise = stateless_uniforms(key, [0], len(scores))[0]
     return noise.masked_fill(~scores.isfinite(), math.nan)
 
 def hard_weights(weights, response_mask):
-    """The heavier half of each row's tokens, all alike and with mean 1, the others 0.
+    """Equal weights for the heavier half of each row's tokens, 0 for the others; their mean is 1.
     weights, response_mask [B, T] -> [B, T], zero off the mask."""
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
     order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
-    places = order.argsort(1)  # of each token in its row, heaviest first
+    places = order.argsort(1)  # the rank of each token in its row; the heaviest has 0
     return (places < half) * lengths / half.clamp(min=1)
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
 class PreallocatedLayer(DynamicLayer):
-    """Keys and values [n, heads, L, d] with free slots, into which later tokens are written, while
-    appending would copy everything for every token. `Decoder.keep_rows` adds the free slots."""
+    """Keys and values [n, heads, L, d] with free slots, into which later tokens are written.
+    Appending would copy everything for every token. `Decoder.keep_rows` adds the free slots."""
 
     def __init__(self, slot):
         super().__init__()
@@ -650,7 +653,8 @@ class Decoder:
     slots of the cache, in each row:
 
         padding | prompt | response | free
-                        ^ width    ^ slot: of the last token fed in; the newest comes next
+                           |       |
+                         width    slot: of the last token fed in; the newest is not yet in the cache
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -684,7 +688,7 @@ class Decoder:
             input_ids=ids, attention_mask=attention, position_ids=positions,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1] + self.policy.vocabulary_bias  # [n, V]
-        column = self.slot - (self.width - 1)  # [1], the same for all rows; 0 after the prompts
+        column = self.slot - (self.width - 1)  # [1], the same for all rows; at first 0
         uniforms = self.uniforms[self.rows, column]
         tokens, log_probs, entropy = sample_tokens(logits, uniforms, self.policy.temperature)
         self.tokens[self.rows, column] = tokens
@@ -709,19 +713,19 @@ class Decoder:
         self.ids = self.ids[keep]
         self.padding = self.padding[keep]
         used = self.slot.item() + 1
-        total = 8 * math.ceil((used + room) / 8)  # attention kernels want widths of 8
+        total = 8 * math.ceil((used + room) / 8)  # attention kernels prefer multiples of 8
         self.slots = torch.arange(total, device=DEVICE)  # [L]
         self.cache.reorder_cache(keep.nonzero()[:, 0])  # despite its name it selects these rows
         if self.preallocated:
             free = (0, 0, 0, total - used)  # F.pad: nothing around d, free slots at the end of L
             for layer in self.cache.layers:
-                keys = layer.keys[:, :, :used]
+                keys = layer.keys[:, :, :used]  # without the free slots that are left
                 values = layer.values[:, :, :used]
                 layer.keys = F.pad(keys, free)
                 layer.values = F.pad(values, free)
 
     def decode(self, steps):
-        """Decode this many steps. A CUDA graph runs their kernels without Python in between."""
+        """Decode this many steps. A CUDA graph replays their kernels without Python in between."""
         step = self.step
         step()  # also warms up what is initialized lazily, which cannot be captured
         if self.policy.use_cuda_graph and self.preallocated:
@@ -804,7 +808,7 @@ def check(config):
 
 def final_answer(text):
     """The content of the last \\boxed{...}, or else the last number, or else all of the text."""
-    text = text.split("####")[-1]  # where GSM8K's solutions have the answer
+    text = text.split("####")[-1]  # GSM8K puts the answer after ####
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # braces in it one level deep
     # A minus after a digit, a letter or a bracket is not a sign.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
@@ -905,8 +909,8 @@ def log(run, metrics):
             file.write(json.dumps(row) + "\n")
 
 def examples(run, rollouts, count):
-    """The first rollouts that were kept, and the first that were dropped. -> dicts, in which tokens
-    are tuples of text, weight, log pi_T, log pi_S, H_T and H_S"""
+    """The first rollouts that were kept, and the first that were dropped. -> dicts; each of their
+    tokens is a tuple: text, weight, log pi_T, log pi_S, H_T, H_S"""
     tables = (rollouts.weights, rollouts.teacher_log_probs, rollouts.log_probs,
               rollouts.teacher_entropy, rollouts.student_entropy)
     dicts = []
@@ -915,16 +919,16 @@ def examples(run, rollouts, count):
             valid = rollouts.mask[i]
             ids = rollouts.tokens[i, valid]
             texts = [run.tokenizer.decode(token) for token in ids]
-            figures = [table[i, valid].tolist() for table in tables]
+            values = [table[i, valid].tolist() for table in tables]
             dicts.append({
                 "verdict": f"{word}, score {rollouts.scores[i]:.3f}",
                 "prompt": run.tokenizer.decode(rollouts.prompts[i].ids),
                 "response": run.tokenizer.decode(ids),
-                "tokens": list(zip(texts, *figures))})
+                "tokens": list(zip(texts, *values))})
     return dicts
 
 def report_step(run, rollouts, metrics):
-    """Log and print a step; of the first and the last also a kept and a dropped rollout."""
+    """Log and print a step; for the first and the last, also print a kept and a dropped rollout."""
     log(run, metrics)
     print0(f"step {run.step}/{run.config.steps}: reverse_kl {metrics['reverse_kl']:.3f}, "
            f"length {metrics['response_length']:.0f}, "
@@ -951,12 +955,8 @@ def summarize(run):
         return
     print0(f"curves and rollouts: {folder}/report.html")
     print0(f"for from_pretrained, vLLM or --student: {checkpoints(folder)[-1]}")
-    launcher = "python"
-    if WORLD_SIZE > 1:
-        launcher = f"torchrun --nproc-per-node {WORLD_SIZE}"
-    program = os.path.relpath(sys.argv[0])
-    print0(f"continue: {launcher} {program} --config {folder}/config.json --output-dir {folder} "
-           f"--resume --steps {2 * run.step}")
+    print0(f"to continue: --config {folder}/config.json --output-dir {folder} --resume "
+           f"--steps {2 * run.step}")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
 :root { color-scheme: light dark }
@@ -1053,7 +1053,7 @@ def write_report(run, rollouts):
 # --- Prompts -------------------------------------------------------------------------------------
 
 def first_of(row, keys):
-    """The value of the first of these keys that a row has, null being as good as none."""
+    """The value of the first of these keys that a row has; null counts as absent."""
     for key in keys:
         if row.get(key) is not None:
             return row[key]
@@ -1133,7 +1133,7 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-    That embeddings have as many rows proves nothing, since they are padded.
+    Embeddings of equal size prove nothing, since they are padded.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1142,7 +1142,7 @@ def shared_vocabulary(configs, tokenizers):
     shared = set(ours)
     for name, theirs in tokens.items():
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
-        # An added token of another name, often a reserved one, is no mistake: it is left out.
+        # An added token, often a reserved one, may have another name: `shared` leaves it out.
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1222,7 +1222,8 @@ def apply_fsdp(policy, is_student):
     """FSDP2. A teacher's block is gathered when it runs. The student stays unsharded from its first
     sampled token to a backward pass: gathering it for every token would be far too slow."""
     precision = MixedPrecisionPolicy()
-    if is_student and policy.bf16:  # inputs keep their dtype: in bf16 sample's uniforms may be 1
+    if is_student and policy.bf16:
+        # cast_forward_inputs would round the uniforms of `sample` to bfloat16, some of them to 1.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # The policy comes last and takes what is left: its head may be tied to its embedding.
     for module in blocks(policy.model) + [policy]:
@@ -1275,13 +1276,13 @@ def load_run(config):
     return run
 
 def prepare_training(student, config):
-    """-> the student as the update sees it, and its optimizer"""
+    """-> the module to train, which is the student or DDP around it, and the optimizer"""
     trained = student
     if WORLD_SIZE > 1 and not config.shard:
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
-    for p in parameters:  # else torch makes it when it saves, by a step that it counts as done
+    for p in parameters:  # else torch, when it saves, makes it by a dummy step and counts that step
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1324,7 +1325,7 @@ def claim_folder(config):
         return
     folder = Path(config.output_dir)
     with user_file(f"output folder {folder}"):
-        folder.mkdir(parents=True, exist_ok=config.resume)  # of two runs that start now, one fails
+        folder.mkdir(parents=True, exist_ok=config.resume)  # if two runs start at once, one fails
         with complete_folder(folder / "trial"):  # a mounted bucket may not be able to rename
             pass
         (folder / "trial").rmdir()
@@ -1342,7 +1343,7 @@ def write_settings(config, path):
     if path.exists():
         before = json.loads(path.read_text())
         if "filter_percentile" not in before:  # a model's, which must not be overwritten
-            raise UserError(f"{path} is not that of a run")
+            raise UserError(f"{path} is not the config of a run")
         for name, value in settings.items():
             if before.get(name) != value:
                 print0(f"warning: {name} was {before.get(name)}, is {value}")
@@ -1383,14 +1384,15 @@ def save_checkpoint(run):
             model.save_pretrained(temporary, state_dict=weights)
             copy_small_files(run.student_folder, temporary, run.student.eos_ids)
             state = {"optimizer": moments, "log": run.log}
-            torch.save(state, temporary / "training.pt")  # servers load all .safetensors as weights
+            # Not .safetensors, which servers would load as weights. To be read with weights_only.
+            torch.save(state, temporary / "training.pt")
         for old in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(old)
     barrier()
 
 def copy_small_files(source, target, eos_ids):
     """The student's tokenizer and configuration as they are, so that older versions of transformers
-    read them too; but generations end where the rollouts did."""
+    read them too; only the ends of sequence become those of the rollouts."""
     for path in source.iterdir():
         small = path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt")
         if small and not path.name.endswith(".index.json"):
@@ -1430,8 +1432,8 @@ def tiny_tokenizer():
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 def tiny_rows(rng, count, tiny, mixture):
-    """The running sum mod 10 ("+") or maximum (",") of digits. A slip makes later digits wrong.
-    mixture {domain: share}"""
+    """The running sum mod 10 ("+") or maximum (",") of digits, where a mistake can make later
+    digits wrong. mixture {domain: share}"""
     shares = list(mixture.values())
     for domain in rng.choice(list(mixture), count, p=shares).tolist():
         digits = rng.integers(0, 10, tiny["digits"])
@@ -1442,7 +1444,7 @@ def tiny_rows(rng, count, tiny, mixture):
         yield {"prompt": prompt, "answer": answer, "domain": domain, "teacher": teacher}
 
 def even_mixture(domains):
-    """{domain: share}, all shares alike."""
+    """{domain: share}, with equal shares."""
     return dict.fromkeys(domains, 1 / len(domains))
 
 def pretrain(name, tiny, seed):
@@ -1463,7 +1465,7 @@ def pretrain(name, tiny, seed):
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
-        labels[:, :tiny["digits"] + 2] = -100  # the prompt is not learned
+        labels[:, :tiny["digits"] + 2] = -100  # no loss on the prompt
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
@@ -1478,7 +1480,7 @@ def pretrain(name, tiny, seed):
 
 def make_tiny(config):
     """Make models and prompts, once for an output folder, and fill them in as settings."""
-    torch.set_num_threads(1)  # two are slower for so small a pair
+    torch.set_num_threads(1)  # more are slower for models this small
     tiny = config.tiny | config.tiny["tasks"][config.task]
     folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
     if RANK == 0 and not folder.exists():
