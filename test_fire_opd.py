@@ -405,8 +405,25 @@ def test_infinities_off_the_mask_leave_loss_and_gradient_finite():
     assert loss.item() == 1
     assert log_probs.grad.tolist() == [[1, 0, 0]]
 
-def test_the_expected_gradient_of_the_loss_is_that_of_the_reverse_kl():
+DIVERGENCES = {  # f of E_S[f(u)], u = pi_T / pi_S
+    "reverse KL": lambda u: u - 1 - u.log(),
+    "forward KL": lambda u: u * u.log() - u + 1,
+    "Jensen-Shannon": lambda u: u * (2 * u / (1 + u)).log() + (2 / (1 + u)).log(),
+}
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_expected_gradient_of_the_loss_is_that_of_the_divergence(monkeypatch, name):
     """All 16 responses of two tokens from a vocabulary of four, each weighed by its probability."""
+    generator = DIVERGENCES[name]
+
+    def advantages(teacher_log_probs, student_log_probs):
+        """u f'(u) - f(u)"""
+        u = (teacher_log_probs - student_log_probs).exp().detach().requires_grad_()
+        slope, = torch.autograd.grad(generator(u).sum(), u)
+        return u * slope - generator(u)
+
+    if name != "reverse KL":
+        monkeypatch.setattr(f, "token_advantages", advantages)
     torch.manual_seed(0)
     # Row 0 has the logits of the first token, row 1 + y those of the second one after a y.
     student = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -421,10 +438,11 @@ def test_the_expected_gradient_of_the_loss_is_that_of_the_reverse_kl():
         probability = s.sum().exp().detach()
         estimate += probability * f.policy_loss(s, t, BOTH, BOTH, divisor=1)
     # The divergence of each context; how probable the contexts themselves are is held fixed.
-    divergence = (log_s.exp() * (log_s - log_t)).sum(1)
+    divergence = (log_s.exp() * generator((log_t - log_s).exp())).sum(1)
     first_probs = log_s[0].exp().detach()
     exact = divergence[0] + first_probs @ divergence[1:]
-    assert estimate.item() == pytest.approx(exact.item())
+    if name == "reverse KL":
+        assert estimate.item() == pytest.approx(exact.item())
     got = torch.autograd.grad(estimate, student, retain_graph=True)
     wanted = torch.autograd.grad(exact, student)
     assert_close(got, wanted)
@@ -737,16 +755,15 @@ def test_each_row_is_scored_by_its_own_teacher(pair, tmp_path):
     models = {
         "one": Qwen3ForCausalLM.from_pretrained(pair / "teacher").double(),
         "two": Qwen3ForCausalLM.from_pretrained(pair / "other").double()}
-    graded = graded_step(run)
-    rollouts = graded
+    rollouts = graded_step(run)
     assert {prompt.teacher for prompt in rollouts.prompts} == {"one", "two"}
     for i, response in enumerate(responses_of(rollouts)):
         prompt = rollouts.prompts[i]
         with torch.no_grad():
             table = table_of(models[prompt.teacher], prompt.ids, response).float()
         own = rollouts.mask[i]
-        assert_nearly_equal(graded.teacher_log_probs[i, own], picked(table, response))
-        assert_nearly_equal(graded.teacher_entropy[i, own], entropy_of(table))
+        assert_nearly_equal(rollouts.teacher_log_probs[i, own], picked(table, response))
+        assert_nearly_equal(rollouts.teacher_entropy[i, own], entropy_of(table))
 
 def rows_dropped(keep):
     """The numbers of the rows that the filter drops."""
@@ -766,7 +783,7 @@ def test_a_step_filters_at_random_if_told_to(pair, tmp_path):
 
 def noted_step(run):
     """A whole step but for its end: the optimizer notes the gradient and leaves it at that.
-    -> Graded, metrics, gradients"""
+    -> Rollouts, metrics, gradients"""
     gradients = {}
 
     def note():
@@ -1066,7 +1083,7 @@ def three_rollouts():
 
 def test_the_figures_of_a_step_worked_by_hand():
     run, rollouts = three_rollouts()
-    run.seconds = {"rollout": 1.0, "score": 1.0, "update": 2.0}
+    run.seconds = {"rollout": 1.0, "grade": 1.0, "update": 2.0}
     figures = f.measure_step(run, rollouts)
     assert figures["reverse_kl"] == pytest.approx((3 * 0 + 2 * 1 + 3 * 3) / 8)  # of eight tokens
     assert figures["score"] == pytest.approx(-(1 + 2 + 4) / 3)

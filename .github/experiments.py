@@ -72,6 +72,7 @@ for seed in seeds:
     for arm, settings in ARMS.items():
         run(f"foreign/{arm}", "foreign", seed, **settings)
         run(f"single/{arm}", "single", seed, steps=100, **settings)
+    run("foreign/without-maxima", "foreign", seed, share=0, **ARMS["OPD"])  # none of its prompts
 for seed in seeds:
     for share in SHARES if seed < 3 else ():
         for percentile in PERCENTILES:
