@@ -375,7 +375,7 @@ class Policy(nn.Module):
         # compiled blocks: with a cache each depends on its layer_idx, and would be compiled anew.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
-            decoder = Decoder(self, prompts, uniforms)  # which draws the first token of each row
+            decoder = Decoder(self, prompts, uniforms)  # draws the first token of each row
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
                 drawn = decoder.tokens[decoder.rows, :start]  # [n, start]
@@ -525,7 +525,7 @@ def micro_batches(rows, lengths, budget):
 @torch.no_grad()
 def grade(run, rollouts):
     """Step 2. Each row's own teacher grades its tokens. -> log pi_T(y_t) and H_T,t, both [B, T]"""
-    tables = torch.zeros(2, *rollouts.mask.shape)  # of which each rank fills its share
+    tables = torch.zeros(2, *rollouts.mask.shape)  # each rank fills its share
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
         for micro in micro_batches(rows, rollouts.total_lengths, run.config.micro_batch_tokens):
