@@ -3,8 +3,8 @@
 The student writes responses, the teacher grades each of their tokens, and the student is moved
 towards the teacher. FiRe-OPD adds two steps. Filter drops the trajectories that the teacher finds
 least likely. Reweight then gives more weight to the remaining tokens on which the teacher is sure
-and the student is not. One step, and the function for each part (pi_S: student, pi_T: teacher,
-H: entropy of the next token):
+and the student is not. The parts of one step, with the function for each (pi_S: student,
+pi_T: teacher, H: entropy of the next token):
 
   1. rollout: responses y ~ pi_S(.|x) = softmax(logits / temperature), and H_S,t of each token
   2. grade: log pi_T(y_t) and H_T,t of each token
@@ -69,7 +69,7 @@ from transformers.utils import cached_file
 # --- Settings: batch_size is the flag --batch-size, and a key of the --config file --------------
 
 def setting(default, help):
-    """A field of Config, with its default and its text for --help, where %% is a percent sign."""
+    """A field of Config, with its default and its --help text, in which %% is a percent sign."""
     return field(default=default, metadata={"help": help})
 
 @dataclass
@@ -77,7 +77,7 @@ class Config:
     """The settings of a run. The defaults are the method's; sizes are for one GPU."""
     filter_percentile: float = setting(20.0, "the filter drops this share of the rollouts, in %%")
     filter_by: Literal["likelihood", "random"] = setting(
-        "likelihood", "random: a control that drops as many rollouts, chosen at random")
+        "likelihood", "random: a control that drops the same number at random")
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
     beta: float = setting(1.0, "strength of student confusion in the weights")
     token_weights: Literal["soft", "hard"] = setting(
@@ -109,7 +109,7 @@ class Config:
     resume: bool = setting(False, "continue the run in --output-dir; if there is none, start it")
     eval_every: int = setting(0, "steps between evaluations; 0: before and after the run")
     save_every: int = setting(
-        20, "steps between checkpoints, of which the newest two are kept; 0: at the end")
+        20, "steps between checkpoints, of which the newest two are kept; 0: only at the end")
     config: str = setting("", "JSON file of settings; flags override it")
     task: str = setting("foreign", "the tiny pair's task, one of those in tiny_config.json")
     tiny: dict = field(default_factory=dict, init=False)  # no flag: how the tiny pair is made
@@ -138,7 +138,7 @@ def trajectory_scores(teacher_log_probs, response_mask):
     """s = mean_t log pi_T(y_t): how likely the teacher finds each trajectory, in nats per token.
 
     teacher_log_probs, response_mask [B, T] -> scores [B]. A row without a response scores minus
-    infinity, so that it is never kept: its empty sum, 0, would beat every other score.
+    infinity and is never kept. Its sum would be 0, the best score of all.
     """
     mask = response_mask.bool()
     lengths = mask.sum(1)  # [B]
@@ -190,9 +190,10 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). To train another divergence
-    E_S[f(u)], with u = pi_T / pi_S and f'(1) = 0, return u f'(u) - f(u): the gradient of
-    `policy_loss` is then that of the divergence. The reverse KL has f(u) = u - 1 - log u.
+    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). To train another divergence E_S[f(u)],
+    u = pi_T / pi_S, return u f'(u) - f(u): the gradient of `policy_loss` is then that of the
+    divergence. The reverse KL has f(u) = u - 1 - log u. For low variance, choose f'(1) = 0, which
+    adding a multiple of u - 1 achieves without changing the divergence.
     """
     return teacher_log_probs - student_log_probs
 
@@ -215,9 +216,9 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, with unbiased noise of 0.01 to 0.02 nats; the softmax is float32."""
-    # The autocast of `Policy.forward` caches a bfloat16 copy of each parameter, and the gradients of
-    # all chunks would be summed in that copy. `W.T` is no parameter: each chunk casts it anew, and
-    # the gradients are summed in float32.
+    # `.T` matters: autocast (see `Policy.forward`) caches its bfloat16 cast of a parameter, and
+    # would sum the gradients of all chunks in bfloat16. It caches no cast of a view such as W.T:
+    # each chunk casts anew, and the gradients are summed in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -283,10 +284,10 @@ def stateless_uniforms(key, rows, width):
 # --- Ranks: torchrun starts one process (a rank) per GPU; each takes its share of the rows -------
 
 # Ranks wait for each other in every collective, so all of them must call the same ones in the same
-# order. Three things see to it: the tables of a step are the same on every rank, each rank gets
-# as many micro-batches as the others, and each has at least one prompt. With --shard every forward
-# pass is a collective, too, except in decoding: the student stays whole after its first token, so
-# ranks may decode different lengths.
+# order. That is why the tables of a step are the same on every rank, and why each rank gets as many
+# micro-batches as the others. With --shard every forward pass is a collective, too, except in
+# decoding, where ranks differ in length: the student stays whole after its first token. For that
+# token each rank needs a prompt.
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -294,8 +295,8 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def sum_over_ranks(table):
-    """Sum a CPU tensor over the ranks, in place; gloo does it, also in runs on GPUs. If each rank
-    has filled its rows of a table of zeros, the sum is the full table, identical on every rank."""
+    """Sum a CPU tensor over the ranks, in place. If each rank has filled its own rows of a table of
+    zeros, the sum is the full table, identical on every rank."""
     if WORLD_SIZE > 1:
         dist.all_reduce(table)
     return table
@@ -358,7 +359,7 @@ class Policy(nn.Module):
             targets = ids[:, 1:][predicts]  # [n]
             weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP gives bfloat16; see chunk_log_probs
+                weight = upcast(weight)  # FSDP gives bfloat16: not for summing chunks' gradients
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
                 hidden, weight, targets, self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
@@ -372,10 +373,11 @@ class Policy(nn.Module):
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
         # One autocast around all of it: it casts the weights once, not for each token. And no
-        # compiled blocks: with a cache each depends on its layer_idx, and would be compiled anew.
+        # compiled blocks: with a cache each depends on its layer_idx, and would be compiled alone.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
-            decoder = Decoder(self, prompts, uniforms)  # draws the first token of each row
+            # It draws the first token of each row; decoder.rows [n] are still being written.
+            decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
                 drawn = decoder.tokens[decoder.rows, :start]  # [n, start]
@@ -393,7 +395,7 @@ class Policy(nn.Module):
 @dataclass
 class Prompt:
     """A line of the prompt file."""
-    ids: list  # token ids by the student's chat template, also for the teacher
+    ids: list  # token ids from the student's chat template; the teacher sees the same
     answer: str | None  # None if it is not known
     teacher: str  # the name of the teacher that grades it
     domain: str  # evaluations are also broken down by domain
@@ -406,7 +408,7 @@ class Rollouts:
     total_lengths: list  # B numbers of tokens, prompt and response
     tokens: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool, the response mask
-    log_probs: Tensor  # [B, T] log pi_S(y_t), as sampled; the loss takes those of its own pass
+    student_log_probs: Tensor  # [B, T] log pi_S(y_t), as sampled; the loss has its own
     student_entropy: Tensor  # [B, T] H_S,t, as sampled
     # Filled in by train_step, in this order:
     teacher_log_probs: Tensor = None  # [B, T] log pi_T(y_t)
@@ -464,7 +466,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args, **kwargs)  # its tensors are on the CPU, so the GPU has finished
+        result = phase(run, *args, **kwargs)  # its results are on the CPU, so the GPU has finished
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -508,9 +510,9 @@ def micro_batches(rows, lengths, budget):
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
-    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list: one list is the work of one rank
+    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank could get all
     batches = []
-    room = 0  # how many rows the last list still takes
+    room = 0  # how many more rows fit in the last list
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
         if room == 0:
             batches.append([])
@@ -551,8 +553,7 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # As DDP's no_sync() does (without DDP nobody reads it): only the last backward exchanges
-        # gradients.
+        # What DDP's no_sync() sets: only the last backward exchanges gradients. Else no effect.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
@@ -626,7 +627,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def __init__(self, slot):
         super().__init__()
-        self.slot = slot  # [1], where the token that is fed in belongs
+        self.slot = slot  # [1], of the token that is fed in; `Decoder.step` advances it
 
     def update(self, keys, values, *args, **kwargs):
         """The first call brings the prompts' keys and values, each later one those of a token."""
@@ -654,7 +655,7 @@ class Decoder:
 
         padding | prompt | response | free
                            |       |
-                         width    slot: of the last token fed in; the newest is not yet in the cache
+                         width    slot: of the last token fed in; the newest was drawn from it
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -701,7 +702,7 @@ class Decoder:
         self.slot.add_(1)
         attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
         if self.preallocated:
-            attention = attention[:, None, None]  # as torch's attention takes it
+            attention = attention[:, None, None]  # in four dimensions transformers leaves it alone
         else:
             attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
         positions = self.slot - self.padding  # [n, 1]
@@ -744,7 +745,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def user_file(name):
-    """Report what fails in here as a fault of this file: one line instead of a traceback."""
+    """Report what fails in here as a fault of `name`: one line instead of a traceback."""
     try:
         yield
     except UserError as error:
@@ -809,7 +810,7 @@ def check(config):
 def final_answer(text):
     """The content of the last \\boxed{...}, or else the last number, or else all of the text."""
     text = text.split("####")[-1]  # GSM8K puts the answer after ####
-    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # braces in it one level deep
+    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # also with braces inside
     # A minus after a digit, a letter or a bracket is not a sign.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
     found = boxes or numbers or [text]
@@ -837,8 +838,9 @@ def averages(run, rollouts, groups):
     metrics = {}
     for suffix, rows in groups.items():
         valid = rollouts.mask & rows[:, None]  # [B, T]
+        k1 = rollouts.student_log_probs - rollouts.teacher_log_probs  # [B, T]
         values = {
-            "reverse_kl": (rollouts.log_probs - rollouts.teacher_log_probs)[valid],  # k1 estimate
+            "reverse_kl": k1[valid],
             "score": rollouts.scores[rows],
             "teacher_entropy": rollouts.teacher_entropy[valid],
             "student_entropy": rollouts.student_entropy[valid],
@@ -911,7 +913,7 @@ def log(run, metrics):
 def examples(run, rollouts, count):
     """The first rollouts that were kept, and the first that were dropped. -> dicts; each of their
     tokens is a tuple: text, weight, log pi_T, log pi_S, H_T, H_S"""
-    tables = (rollouts.weights, rollouts.teacher_log_probs, rollouts.log_probs,
+    tables = (rollouts.weights, rollouts.teacher_log_probs, rollouts.student_log_probs,
               rollouts.teacher_entropy, rollouts.student_entropy)
     dicts = []
     for word, rows in (("kept", rollouts.keep), ("DROPPED", ~rollouts.keep)):
@@ -1142,7 +1144,7 @@ def shared_vocabulary(configs, tokenizers):
     shared = set(ours)
     for name, theirs in tokens.items():
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
-        # An added token, often a reserved one, may have another name: `shared` leaves it out.
+        # An added token, often a reserved one, may differ, and is left out; any other may not.
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1258,7 +1260,7 @@ def load_run(config):
     eval_prompts = load_prompts(config.eval_prompts, tokenizer, config, vocabulary, teachers)
     print0(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
     if not config.tiny:
-        claim_folder(config)
+        claim_folder(config)  # only now: nothing is written if a check above fails
     saved = broadcast(checkpoints(config.output_dir))
     path = saved[-1] if saved else config.student
     student = load_policy("student", path, eos_ids, vocabulary, config)
@@ -1282,7 +1284,7 @@ def prepare_training(student, config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
-    for p in parameters:  # else torch, when it saves, makes it by a dummy step and counts that step
+    for p in parameters:  # else dcp would make these by a dummy step, which counts, when it saves
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1326,7 +1328,7 @@ def claim_folder(config):
     folder = Path(config.output_dir)
     with user_file(f"output folder {folder}"):
         folder.mkdir(parents=True, exist_ok=config.resume)  # if two runs start at once, one fails
-        with complete_folder(folder / "trial"):  # a mounted bucket may not be able to rename
+        with atomic_folder(folder / "trial"):  # a mounted bucket may not be able to rename
             pass
         (folder / "trial").rmdir()
         for partial in folder.glob("checkpoint-*.partial"):  # of a run that was killed
@@ -1350,7 +1352,7 @@ def write_settings(config, path):
     path.write_text(json.dumps(settings, indent=1))
 
 @contextlib.contextmanager
-def complete_folder(folder):
+def atomic_folder(folder):
     """A temporary folder to fill, which gets the name `folder` when it is complete, so that a kill
     never leaves half of one."""
     temporary = Path(f"{folder}.partial")
@@ -1380,7 +1382,7 @@ def save_checkpoint(run):
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         for name in weights.keys() - names.keys():  # a tied head: named once, as the embedding
             del weights[name]
-        with complete_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=weights)
             copy_small_files(run.student_folder, temporary, run.student.eos_ids)
             state = {"optimizer": moments, "log": run.log}
@@ -1420,6 +1422,11 @@ def save_rows(path, rows):
             file.write(json.dumps(row) + "\n")
 
 # --- The tiny pair: a teacher and a student made in seconds --------------------------------------
+
+# In tiny_config.json each task says which domains a model learns first (`models`), until which
+# loss (`student_loss`), the shares of the domains among the prompts (`mixture`), and which teacher
+# grades each (`graded_by`). In "foreign" the teacher of sums also grades maxima, which it never
+# learned.
 
 def tiny_tokenizer():
     """One token per character."""
@@ -1484,7 +1491,7 @@ def make_tiny(config):
     tiny = config.tiny | config.tiny["tasks"][config.task]
     folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
     if RANK == 0 and not folder.exists():
-        with complete_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary:
             for name in tiny["models"]:
                 pretrain(name, tiny, config.seed).save_pretrained(temporary / name)
                 tiny_tokenizer().save_pretrained(temporary / name)
@@ -1507,7 +1514,7 @@ def start_ranks(config):
         torch.cuda.set_device(LOCAL_RANK)
         # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if WORLD_SIZE > 1:  # by default with gloo on a CPU, and with NCCL on GPUs
+    if WORLD_SIZE > 1:  # no backend given: gloo for tensors on the CPU, NCCL for those on GPUs
         # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
         dist.init_process_group(timeout=timedelta(hours=3))
     if not config.output_dir:

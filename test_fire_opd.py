@@ -613,7 +613,7 @@ def test_rollouts_depend_neither_on_segments_nor_on_batches_nor_on_padding(
     monkeypatch.setattr(f.Policy, "segment", 3)
     parts = f.rollout(run, run.prompts[:12], KEY)
     assert torch.equal(whole.mask, parts.mask)
-    for name in ('tokens', 'log_probs', 'student_entropy'):
+    for name in ("tokens", "student_log_probs", "student_entropy"):
         ours, theirs = getattr(whole, name), getattr(parts, name)
         assert_nearly_equal(ours[whole.mask], theirs[whole.mask])
 
@@ -626,7 +626,7 @@ def test_log_probs_and_entropies_of_rollouts_are_those_of_whole_logits(pair, tmp
         with torch.no_grad():
             table = table_of(model, prompt, response, 0.7).float()
         own = rollouts.mask[i]
-        assert_nearly_equal(rollouts.log_probs[i, own], picked(table, response))
+        assert_nearly_equal(rollouts.student_log_probs[i, own], picked(table, response))
         assert_nearly_equal(rollouts.student_entropy[i, own], entropy_of(table))
 
 def test_finished_rows_leave_the_batch(pair, tmp_path, monkeypatch):
