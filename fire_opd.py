@@ -774,6 +774,9 @@ def parse_config(argv):
     config.tiny = tiny
     if argv.count("--teacher") > 1:
         raise UserError("give all teachers after one --teacher")
+    folder = Path(path).parent
+    if config.resume and path and not config.output_dir and (folder / "metrics.jsonl").exists():
+        config.output_dir = str(folder)  # the file is that of a run, which may have been moved
     check(config)
     return config
 
@@ -793,7 +796,7 @@ def check(config):
     if config.shard and WORLD_SIZE == 1:
         raise UserError("--shard needs several ranks: start the program with torchrun")
     if config.resume and not config.output_dir:
-        raise UserError("--resume needs the --output-dir of the run")
+        raise UserError("--resume needs the --output-dir of the run, or its config.json")
     if config.output_dir and os.path.exists(config.output_dir) and not config.resume:
         raise UserError(f"{config.output_dir} exists: add --resume, or change --output-dir")
     given = [config.teacher, config.student, config.prompts]
@@ -957,8 +960,7 @@ def summarize(run):
         return
     print0(f"curves and rollouts: {folder}/report.html")
     print0(f"for from_pretrained, vLLM or --student: {checkpoints(folder)[-1]}")
-    print0(f"to continue: --config {folder}/config.json --output-dir {folder} --resume "
-           f"--steps {2 * run.step}")
+    print0(f"to continue: --config {folder}/config.json --resume --steps {2 * run.step}")
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
 :root { color-scheme: light dark }

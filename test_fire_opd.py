@@ -1514,10 +1514,9 @@ def test_resume_with_nothing_to_resume_starts_the_run(pair, whole, out, monkeypa
 
 def test_the_settings_of_a_run_continue_it_wherever_its_folder_lies(pair, whole, out):
     shutil.copytree(whole, out)
-    argv = ["--config", str(out / "config.json"), "--output-dir", str(out), "--resume"]
-    f.main(argv)  # all of its steps are done
+    f.main(["--config", str(out / "config.json"), "--resume"])  # all of its steps are done
     assert_same_run(whole, out)
-    f.main([*argv, "--steps", "4"])
+    f.main(["--config", str(out / "config.json"), "--resume", "--steps", "4"])
     assert log_of(out)[-1]["step"] == 4
     assert log_of(whole)[-1]["step"] == 3
 
@@ -1685,8 +1684,7 @@ def test_a_tiny_run_makes_its_pair_once_and_goes_on(tmp_path, out, capsys):
     assert "the tiny student:" in capsys.readouterr().out
     f.main([*argv, "--steps", "2", "--resume"])
     assert "the tiny student:" not in capsys.readouterr().out  # it is not made again
-    argv[1] = str(out / "config.json")  # the run's own settings
-    f.main([*argv, "--steps", "3", "--resume"])
+    f.main(["--config", str(out / "config.json"), "--steps", "3", "--resume"])
     assert names_in(out) == ["checkpoint-000002", "checkpoint-000003"]
 
 # --- The README ----------------------------------------------------------------------------------

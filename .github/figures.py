@@ -7,7 +7,7 @@ import numpy as np
 
 SUMS, MAXIMA = "eval/exact_match/+", "eval/exact_match/,"
 ARMS = ("OPD", "random-filter", "filter-only", "reweight-only", "FiRe-OPD", "hard-tokens",
-        "as-released", "threshold")
+        "as-released", "threshold", "without-maxima")
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5)
 FILTERS = ("0", "10", "20", "40", "60", "threshold")
 
@@ -19,19 +19,27 @@ def evaluations(name, metric):
         table.append([row[metric] for row in rows if metric in row])
     return np.array(table)
 
+def difference(a, b, metric):
+    """Last exact match of one arm minus another's, paired by seed, with its 95 % interval."""
+    gains = evaluations(a, metric)[:, -1] - evaluations(b, metric)[:, -1]
+    half = 2.776 * gains.std(ddof=1) / 5**0.5  # Student's t for five seeds
+    return f"{gains.mean():+.3f} ± {half:.3f}"
+
 def print_table():
-    """Last exact match of each arm, and its paired difference from OPD with a 95 % interval."""
+    """Last exact match of each arm, and its difference from OPD."""
     columns = (("foreign", SUMS), ("foreign", MAXIMA), ("single", SUMS))
     print("before", [f"{evaluations(task + '/OPD', metric)[:, 0].mean():.3f}"
                      for task, metric in columns])
     for arm in ARMS:
         cells = []
         for task, metric in columns:
-            values = evaluations(f"{task}/{arm}", metric)[:, -1]
-            gain = values - evaluations(f"{task}/OPD", metric)[:, -1]
-            half = 2.776 * gain.std(ddof=1) / 5**0.5  # Student's t for five seeds
-            cells.append(f"{values.mean():.3f} ({gain.mean():+.3f} ± {half:.3f})")
+            table = evaluations(f"{task}/{arm}", metric)
+            if len(table):
+                gain = difference(f"{task}/{arm}", task + "/OPD", metric)
+                cells.append(f"{table[:, -1].mean():.3f} ({gain})")
         print(f"| {arm} | " + " | ".join(cells) + " |")
+    print("FiRe-OPD minus filter only", [difference(task + "/FiRe-OPD", task + "/filter-only", metric)
+                                         for task, metric in columns])
 
 def svg(width, height, shapes):
     """A picture with a white background, so that it can be read in a dark theme too."""
