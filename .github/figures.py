@@ -75,17 +75,17 @@ def draw_curves():
 def draw_map():
     """Last exact match by the share of prompts that ask for maxima and by what the filter drops."""
     shapes = []
-    for panel, (metric, title) in enumerate(((MAXIMA, "maxima: what the filter saves"),
-                                             (SUMS, "sums: what it costs"))):
+    for panel, (metric, title) in enumerate(((MAXIMA, "maxima, which the teacher lacks"),
+                                             (SUMS, "sums, which it knows"))):
         left = 70 + 400 * panel
         shapes.append(text(left, 22, title, extra='font-size="15"'))
         for j, name in enumerate(FILTERS):
-            label = "&#8805; &#8722;2.5" if name == "threshold" else name + " %"
+            label = "&#8805; &#8722;2.5" if name == "threshold" else name + "%"
             shapes.append(text(left + 28 + 56 * j, 46, label, "middle"))
         border = f"M{left} 54"
         for i, share in enumerate(SHARES):
             if panel == 0:
-                shapes.append(text(left - 8, 76 + 34 * i, f"{100 * share:.0f} %", "end"))
+                shapes.append(text(left - 8, 76 + 34 * i, f"{100 * share:.0f}%", "end"))
             for j, name in enumerate(FILTERS):
                 mean = evaluations(f"map/{share}-{name}", metric)[:, -1].mean()
                 x, y = left + 56 * j, 54 + 34 * i
