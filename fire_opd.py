@@ -77,7 +77,7 @@ class Config:
     """The settings of a run. The defaults are the method's; sizes are for one GPU."""
     filter_percentile: float = setting(20.0, "the filter drops this share of the rollouts, in %%")
     filter_by: Literal["likelihood", "random"] = setting(
-        "likelihood", "random: a control that drops the same number at random")
+        "likelihood", "random: a control that drops the same share at random")
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
     beta: float = setting(1.0, "strength of student confusion in the weights")
     token_weights: Literal["soft", "hard"] = setting(
@@ -215,7 +215,7 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
-    logits are bfloat16, with unbiased noise of 0.01 to 0.02 nats; the softmax is float32."""
+    logits are bfloat16, a noise of some hundredths of a nat; the softmax is float32."""
     # `.T` matters: autocast (see `Policy.forward`) caches its bfloat16 cast of a parameter, and
     # would sum the gradients of all chunks in bfloat16. It caches no cast of a view such as W.T:
     # each chunk casts anew, and the gradients are summed in float32.
