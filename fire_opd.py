@@ -772,7 +772,7 @@ def parse_config(argv):
                 words += ["--" + name, *map(str, values)]
     config = Config(**vars(parser.parse_args([*words, *argv])))
     config.tiny = tiny
-    if argv.count("--teacher") > 1:
+    if sum(word.split("=")[0] == "--teacher" for word in argv) > 1:
         raise UserError("give all teachers after one --teacher")
     folder = Path(path).parent
     if config.resume and path and not config.output_dir and (folder / "metrics.jsonl").exists():
@@ -1348,6 +1348,9 @@ def write_settings(config, path):
         before = json.loads(path.read_text())
         if "filter_percentile" not in before:  # a model's, which must not be overwritten
             raise UserError(f"{path} is not the config of a run")
+        if before["student"] != settings["student"]:  # "" if it was the tiny pair's
+            raise UserError(f"{path} is of a run with --student {before['student']!r}: give that, "
+                            "or another --output-dir")
         for name, value in settings.items():
             if before.get(name) != value:
                 print0(f"warning: {name} was {before.get(name)}, is {value}")

@@ -1347,6 +1347,10 @@ def refusal(argv, capsys):
 def test_a_bad_setting_is_refused(pair, tmp_path, capsys, settings, said):
     assert said in refusal(flags(pair, tmp_path / "out", **settings), capsys)
 
+def test_a_second_teacher_flag_does_not_replace_the_first(pair, tmp_path, capsys):
+    argv = flags(pair, tmp_path / "out")
+    assert "all teachers after one --teacher" in refusal([*argv, "--teacher=b=x"], capsys)
+
 @pytest.mark.parametrize("content,said", [
     ("{", "JSONDecodeError"),
     ('{"stepz": 3}', "unrecognized arguments: --stepz"),
@@ -1528,6 +1532,15 @@ def test_a_folder_that_is_no_run_is_not_resumed_in(pair, a_copy, capsys):
     before = (a_copy / "config.json").read_bytes()
     assert "config.json is not the config of a run" in refusal(flags(pair, a_copy, resume=True), capsys)
     assert (a_copy / "config.json").read_bytes() == before
+
+def test_a_run_is_not_continued_with_another_student_or_the_tiny_pair(
+        pair, whole, a_copy, capsys):
+    before = (whole / "config.json").read_bytes()
+    for argv in (flags(pair, whole, student=a_copy, resume=True),
+                 ["--output-dir", str(whole), "--resume"]):
+        assert "config.json is of a run with --student" in refusal(argv, capsys)
+    assert (whole / "config.json").read_bytes() == before
+    assert names_in(whole) == ["checkpoint-000002", "checkpoint-000003"]
 
 def test_a_start_that_fails_leaves_the_folder_as_it_was(pair, tmp_path, out, capsys):
     bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": 5}])
