@@ -987,6 +987,15 @@ def test_every_row_is_on_one_rank_and_all_ranks_have_as_many_micro_batches(
     assert sorted(met) == sorted(rows)
     assert len(counts) == 1  # else some rank would wait for ever
 
+def test_rows_that_fit_in_one_micro_batch_are_shared_among_the_ranks_all_the_same(monkeypatch):
+    monkeypatch.setattr(f, "WORLD_SIZE", 4)
+    counts = []
+    for rank in range(4):
+        monkeypatch.setattr(f, "RANK", rank)
+        batches = f.micro_batches(range(10), [3] * 10, 8192)
+        counts.append(sum(map(len, batches)))
+    assert counts == [3, 3, 3, 1]
+
 def test_a_micro_batch_without_rows_has_a_gradient_of_zeros(pair, tmp_path):
     """A rank that has none takes part in the exchange of gradients all the same."""
     run = loaded(pair, tmp_path / "out")
