@@ -22,7 +22,7 @@ def evaluations(name, metric):
 def difference(a, b, metric):
     """Last exact match of one arm minus another's, paired by seed, with its 95 % interval."""
     gains = evaluations(a, metric)[:, -1] - evaluations(b, metric)[:, -1]
-    half = 2.776 * gains.std(ddof=1) / 5**0.5  # Student's t for five seeds
+    half = 2.7764 * gains.std(ddof=1) / 5**0.5  # Student's t for five seeds
     return f"{gains.mean():+.3f} ± {half:.3f}"
 
 def print_table():
