@@ -11,8 +11,8 @@ pi_T: teacher, H: entropy of the next token):
   3. filter_trajectories: s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the step
   4. token_weights: w_t = (1 + alpha (1 - H_T,t / max H_T)) (1 + beta H_S,t / max H_S), divided by
      its mean; maximum and mean are those of the trajectory
-  5. policy_loss: the policy gradient of w_t A_t, with A_t = log pi_T(y_t) - log pi_S(y_t)
-  6. update: the gradient of all micro-batches and ranks, and one step of AdamW
+  5. policy_loss: the policy gradient with advantages w_t A_t, A_t = log pi_T(y_t) - log pi_S(y_t)
+  6. update: the gradient summed over micro-batches and ranks, and one step of AdamW
 
 `train_step` puts these together and `train` is the loop around it. The method ends there, at a
 marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, models, files.
@@ -21,6 +21,15 @@ marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, model
     python fire_opd.py --teacher T --student S --prompts P.jsonl                 # real models
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
+
+In a notebook, where you can replace any function (fire_opd.token_weights = mine) between steps:
+
+    import fire_opd
+    config = fire_opd.parse_config(["--steps", "5"])
+    fire_opd.start_ranks(config)
+    run = fire_opd.load_run(config)
+    rollouts, metrics = fire_opd.train_step(run)
+    run.step += 1
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
 moments, 2 for a bfloat16 copy) and 2 per teacher parameter; --shard divides all but the copy by the
@@ -83,7 +92,7 @@ class Config:
     token_weights: Literal["soft", "hard"] = setting(
         "soft", "hard: a control that trains on only the heavier half of the tokens")
     loss_agg: Literal["token-mean", "seq-mean"] = setting(
-        "token-mean", "mean over all tokens, or mean over the rollouts of each rollout's mean")
+        "token-mean", "mean over all tokens, or per-rollout means averaged over rollouts")
     temperature: float = setting(1.0, "softmax temperature of both models, in sampling and scoring")
     batch_size: int = setting(64, "prompts per step, over all ranks, with one rollout each")
     max_new_tokens: int = setting(1024, "longest response")
@@ -127,8 +136,8 @@ def is_eos(tokens, eos_ids):
 def mask_responses(tokens, eos_ids):
     """True up to and including the first end of sequence. tokens [B, T] -> bool [B, T]
 
-    Found by position: where EOS and padding have the same id, `tokens != pad` would mask the EOS
-    too, and the student would never learn to stop.
+    The mask goes by position: where EOS and padding have the same id, `tokens != pad` would mask
+    the EOS too, and the student would never learn to stop.
     """
     ends = is_eos(tokens, eos_ids).long()
     ends_before = ends.cumsum(1) - ends  # how many EOS stand before each token
@@ -174,7 +183,7 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the trajectory.
 
     Teacher confidence c_t = 1 - H_T,t / max H_T: a teacher that hesitates teaches little.
-    Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has most to learn.
+    Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has the most to learn.
     Entropies (nats) and mask [B, T] -> weights [B, T], zero off the mask, without gradient.
     Maximum and mean are those of each row; in the released code they are those of the micro-batch.
     """
@@ -191,9 +200,9 @@ def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
     -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). To train another divergence E_S[f(u)],
-    u = pi_T / pi_S, return u f'(u) - f(u): the gradient of `policy_loss` is then that of the
-    divergence. The reverse KL has f(u) = u - 1 - log u. For low variance, choose f'(1) = 0, which
-    adding a multiple of u - 1 achieves without changing the divergence.
+    u = pi_T / pi_S, return u f'(u) - f(u). The reverse KL, f(u) = u - 1 - log u, gives log u = A_t.
+    The gradient of `policy_loss` is then the divergence's, but its value is not. A multiple of
+    u - 1 added to f changes only the variance, which is low if f'(1) = 0.
     """
     return teacher_log_probs - student_log_probs
 
@@ -203,7 +212,7 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     r_t is 1 and has the gradient of log pi_S: the value estimates the weighted reverse KL, and the
     gradient is REINFORCE's. The released code clips r_t, which only acts if a rollout serves
     several updates.
-    All tensors [B, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
+    All tensors [b, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
     micro-batches are summed. With seq-mean it is the number of kept rollouts, and `update` has
     divided the weights by the length of their response.
     """
@@ -215,10 +224,10 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
-    logits are bfloat16, a noise of some hundredths of a nat; the softmax is float32."""
-    # `.T` matters: autocast (see `Policy.forward`) caches its bfloat16 cast of a parameter, and
-    # would sum the gradients of all chunks in bfloat16. It caches no cast of a view such as W.T:
-    # each chunk casts anew, and the gradients are summed in float32.
+    logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
+    # `.T` matters. Autocast (see `Policy.forward`) caches the bfloat16 copy of a parameter, and all
+    # chunks would add up their gradients in it. It does not cache a view such as W.T, so the
+    # gradient of each chunk becomes float32 before it is added.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -236,7 +245,7 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     gradient several times that. So only one chunk has logits at a time, and the backward pass
     computes them again. Each chunk touches all of W's gradient [V, D], so it should not have fewer
     than about D tokens.
-    chunk_function: chunk_log_probs, or the same compiled.
+    chunk_function: chunk_log_probs, or its compiled version.
     """
     if chunk is None:
         chunk = max(128, hidden.shape[1])
@@ -285,9 +294,9 @@ def stateless_uniforms(key, rows, width):
 
 # Ranks wait for each other in every collective, so all of them must call the same ones in the same
 # order. That is why the tables of a step are the same on every rank, and why each rank gets as many
-# micro-batches as the others. With --shard every forward pass is a collective, too, except in
-# decoding, where ranks differ in length: the student stays whole after its first token. For that
-# token each rank needs a prompt.
+# micro-batches as the others. With --shard every forward pass is a collective, too. In decoding,
+# which ends sooner on some ranks, only the first one is: it gathers the student, which then stays
+# unsharded until a backward pass (see `apply_fsdp`). For it every rank needs a prompt.
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -340,7 +349,7 @@ class Policy(nn.Module):
 
     def forward(self, prompts, tokens, mask):
         """log pi(y_t) and H_t of responses to b prompts, lists of ids. tokens, mask [b, T]
-        -> two tables [b, T], 0 off the mask. H_t only under no_grad: the update needs none."""
+        -> two tables [b, T], 0 off the mask. With gradients H_t is left 0: no update needs it."""
         ids, is_response = [], []
         for prompt, row, valid in zip(prompts, tokens, mask):
             row_ids = torch.tensor(prompt + row[valid].tolist())
@@ -359,7 +368,7 @@ class Policy(nn.Module):
             targets = ids[:, 1:][predicts]  # [n]
             weight = self.model.get_output_embeddings().weight
             if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP gives bfloat16: not for summing chunks' gradients
+                weight = upcast(weight)  # FSDP's is bfloat16, but gradients of chunks add up in it
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
                 hidden, weight, targets, self.temperature, bias=self.vocabulary_bias,
                 with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
@@ -372,11 +381,11 @@ class Policy(nn.Module):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
-        # One autocast around all of it: it casts the weights once, not for each token. And no
-        # compiled blocks: with a cache each depends on its layer_idx, and would be compiled alone.
+        # One autocast around all of it: it casts the weights once, not for each token. The blocks
+        # run uncompiled: with a cache each depends on its layer_idx, and would compile separately.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
-            # It draws the first token of each row; decoder.rows [n] are still being written.
+            # The constructor draws the first token of each row. decoder.rows: those unfinished.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
@@ -466,7 +475,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args, **kwargs)  # its results are on the CPU, so the GPU has finished
+        result = phase(run, *args, **kwargs)  # its results are on the CPU, so the GPU is done
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -510,7 +519,7 @@ def micro_batches(rows, lengths, budget):
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
     """
-    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank could get all
+    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list: without it, one rank could get all
     batches = []
     room = 0  # how many more rows fit in the last list
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
@@ -553,9 +562,9 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # What DDP's no_sync() sets: only the last backward exchanges gradients. Else no effect.
+        # As under DDP's no_sync(), only the last backward exchanges gradients. Ignored without DDP.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
-        # A_t takes log pi_S of this very pass, not the sampler's: the two round differently.
+        # A_t uses log pi_S of this forward pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
         part = policy_loss(
             log_probs, rollouts.teacher_log_probs[micro].to(DEVICE), weights[micro].to(DEVICE),
@@ -654,8 +663,10 @@ class Decoder:
     slots of the cache, in each row:
 
         padding | prompt | response | free
-                           |       |
-                         width    slot: of the last token fed in; the newest was drawn from it
+                        ^ width    ^ slot
+
+    The prompts end before `width`. `slot` is that of the last token fed in; the newest token, which
+    was drawn from it, is not in the cache yet.
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -689,7 +700,7 @@ class Decoder:
             input_ids=ids, attention_mask=attention, position_ids=positions,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         logits = output.logits[:, -1] + self.policy.vocabulary_bias  # [n, V]
-        column = self.slot - (self.width - 1)  # [1], the same for all rows; at first 0
+        column = self.slot - (self.width - 1)  # [1]; the prompt's last slot gives column 0
         uniforms = self.uniforms[self.rows, column]
         tokens, log_probs, entropy = sample_tokens(logits, uniforms, self.policy.temperature)
         self.tokens[self.rows, column] = tokens
@@ -776,7 +787,7 @@ def parse_config(argv):
         raise UserError("give all teachers after one --teacher")
     folder = Path(path).parent
     if config.resume and path and not config.output_dir and (folder / "metrics.jsonl").exists():
-        config.output_dir = str(folder)  # the file is that of a run, which may have been moved
+        config.output_dir = str(folder)  # the file lies in the folder of its run
     check(config)
     return config
 
@@ -1235,11 +1246,7 @@ def apply_fsdp(policy, is_student):
     register_fsdp_forward_method(policy, "sample")
 
 def load_run(config):
-    """Everything a run needs. What is cheap to check comes before what is slow. -> Run
-
-    In a notebook: config = parse_config(["--steps", "5"]); start_ranks(config);
-    run = load_run(config); rollouts, metrics = train_step(run)
-    """
+    """Everything a run needs. What is cheap to check comes before what is slow. -> Run"""
     if config.tiny:
         claim_folder(config)  # before make_tiny fills in paths, which config.json must not list
         make_tiny(config)
@@ -1252,7 +1259,7 @@ def load_run(config):
             eos_ids |= end_ids(path, configs[name].get_text_config(), tokenizers[name])
     if hasattr(configs["student"], "quantization_config"):
         raise UserError(f"student {config.student}: its weights are quantized, which cannot be "
-                        "trained; give the checkpoint that is not")
+                        "trained; give the unquantized checkpoint")
     tokenizer = tokenizers["student"]
     vocabulary = shared_vocabulary(configs, tokenizers)
     eos_ids &= vocabulary
@@ -1286,7 +1293,7 @@ def prepare_training(student, config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
-    for p in parameters:  # else dcp would make these by a dummy step, which counts, when it saves
+    for p in parameters:  # otherwise dcp creates these in saving, by a dummy step that is counted
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -1302,8 +1309,8 @@ def self_test(run, name, policy):
     longest = len(prompts[-1].ids) + run.config.max_new_tokens
     end = getattr(policy.model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > end:
-        print0(f"warning: {name}: prompt and response may take {longest} tokens, its positions "
-               f"end at {end}")
+        print0(f"warning: {name}: prompt and response may take {longest} tokens, but "
+               f"max_position_embeddings is {end}")
     ids = [prompt.ids for prompt in prompts]
     width = min(16, run.config.max_new_tokens)
     key = (run.config.seed, EVALUATE)
@@ -1359,7 +1366,7 @@ def write_settings(config, path):
 @contextlib.contextmanager
 def atomic_folder(folder):
     """A temporary folder to fill, which gets the name `folder` when it is complete, so that a kill
-    never leaves half of one."""
+    never leaves a half-written one."""
     temporary = Path(f"{folder}.partial")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir(parents=True)
@@ -1517,7 +1524,7 @@ def start_ranks(config):
     """Device and ranks, and a name for the output folder where none was given."""
     if DEVICE == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-        # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls have one.
+        # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls bring one.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if WORLD_SIZE > 1:  # no backend given: gloo for tensors on the CPU, NCCL for those on GPUs
         # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
