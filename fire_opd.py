@@ -1293,10 +1293,6 @@ def prepare_training(student, config):
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
-    for p in parameters:  # otherwise dcp creates these in saving, by a dummy step that is counted
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return trained, optimizer
 
 @torch.no_grad()

@@ -1596,14 +1596,6 @@ def test_a_kill_during_the_last_evaluation_is_made_up_for_on_resume(pair, whole,
     train(pair, out, busy(pair), resume=True)
     assert_same_run(whole, out)
 
-def test_a_checkpoint_before_the_first_update_counts_no_step(pair, out, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(f, "filter_trajectories", lambda scores, percentile: scores > 1e9)
-        train(pair, out, busy(pair), steps=1)
-    assert log_of(out)[1]["skipped_updates"] == 1
-    train(pair, out, busy(pair), steps=2, resume=True)
-    assert {state["step"].item() for state in moments_of(out).values()} == {1}
-
 def test_a_damaged_checkpoint_is_one_line(pair, whole, out, capsys):
     shutil.copytree(whole, out)
     (f.checkpoints(out)[-1] / "training.pt").write_bytes(b"")
