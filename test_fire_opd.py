@@ -1539,7 +1539,8 @@ def test_a_folder_that_holds_a_run_is_not_taken_by_another(pair, whole, capsys):
 
 def test_a_folder_that_is_no_run_is_not_resumed_in(pair, a_copy, capsys):
     before = (a_copy / "config.json").read_bytes()
-    assert "config.json is not the config of a run" in refusal(flags(pair, a_copy, resume=True), capsys)
+    said = refusal(flags(pair, a_copy, resume=True), capsys)
+    assert "config.json is not the config of a run" in said
     assert (a_copy / "config.json").read_bytes() == before
 
 def test_a_run_is_not_continued_with_another_student_or_the_tiny_pair(
