@@ -32,13 +32,12 @@ In a notebook, where you can replace any function (fire_opd.token_weights = mine
     run.step += 1
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
-moments, 2 for a bfloat16 copy) and 2 per teacher parameter; --shard divides all but the copy by the
-number of GPUs. Add the larger of two things: the cache of the rollouts, and the activations of an
-update.
+moments, 2 for a bfloat16 copy) and 2 per teacher parameter; --shard divides all but the 2-byte copy
+by the number of GPUs. Add the cache of the rollouts or the activations of an update, whichever is
+larger.
 
-Left out on purpose: a critic, a reward, credit for later tokens (A_t is about y_t alone), a
-reference model and its KL penalty, several updates per rollout, top-k or full-vocabulary
-divergences, an inference server, learning-rate schedules.
+Left out on purpose: a reward and a critic, credit for later tokens (A_t is about y_t alone), a KL
+penalty, several updates per rollout, full-vocabulary divergences, learning-rate schedules.
 """
 
 import contextlib
@@ -52,6 +51,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from html import escape
 from pathlib import Path
 from typing import Literal
 
@@ -199,10 +199,8 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). To train another divergence E_S[f(u)],
-    u = pi_T / pi_S, return u f'(u) - f(u). The reverse KL, f(u) = u - 1 - log u, gives log u = A_t.
-    The gradient of `policy_loss` is then the divergence's, but its value is not. A multiple of
-    u - 1 added to f changes only the variance, which is low if f'(1) = 0.
+    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). For the gradient of another divergence
+    E_S[f(u)], u = pi_T / pi_S, return u f'(u) - f(u), with f written so that f'(1) = 0.
     """
     return teacher_log_probs - student_log_probs
 
@@ -210,11 +208,10 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
     r_t is 1 and has the gradient of log pi_S: the value estimates the weighted reverse KL, and the
-    gradient is REINFORCE's. The released code clips r_t, which only acts if a rollout serves
-    several updates.
+    gradient is REINFORCE's. Clipping r_t, as PPO and the released code do, would change nothing,
+    since each rollout serves one update.
     All tensors [b, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
-    micro-batches are summed. With seq-mean it is the number of kept rollouts, and `update` has
-    divided the weights by the length of their response.
+    micro-batches are summed.
     """
     mask = mask.bool()
     log_probs, weights = log_probs[mask], weights[mask]  # [n], the valid tokens
@@ -225,9 +222,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
-    # `.T` matters. Autocast (see `Policy.forward`) caches the bfloat16 copy of a parameter, and all
-    # chunks would add up their gradients in it. It does not cache a view such as W.T, so the
-    # gradient of each chunk becomes float32 before it is added.
+    # Autocast would make one bfloat16 copy of the parameter W for all chunks, and add up their
+    # gradients in it. Of the view W.T each chunk makes its own, and they are added up in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -243,9 +239,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
     and entropy [N], which is not. With V = 152 k the logits of 8,192 tokens take 5 GB, and their
     gradient several times that. So only one chunk has logits at a time, and the backward pass
-    computes them again. Each chunk touches all of W's gradient [V, D], so it should not have fewer
-    than about D tokens.
-    chunk_function: chunk_log_probs, or its compiled version.
+    computes them again. A chunk of fewer than about D tokens would be slow: each of them reads and
+    writes all of W's gradient [V, D].
     """
     if chunk is None:
         chunk = max(128, hidden.shape[1])
@@ -294,9 +289,7 @@ def stateless_uniforms(key, rows, width):
 
 # Ranks wait for each other in every collective, so all of them must call the same ones in the same
 # order. That is why the tables of a step are the same on every rank, and why each rank gets as many
-# micro-batches as the others. With --shard every forward pass is a collective, too. In decoding,
-# which ends sooner on some ranks, only the first one is: it gathers the student, which then stays
-# unsharded until a backward pass (see `apply_fsdp`). For it every rank needs a prompt.
+# micro-batches as the others: with --shard every forward pass is a collective, too.
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -366,14 +359,12 @@ class Policy(nn.Module):
             predicts = is_response[:, 1:]  # [b, L - 1], as position t - 1 predicts token t
             hidden = hidden[:, :-1][predicts]  # [n, D]
             targets = ids[:, 1:][predicts]  # [n]
-            weight = self.model.get_output_embeddings().weight
-            if torch.is_grad_enabled():
-                weight = upcast(weight)  # FSDP's is bfloat16, but gradients of chunks add up in it
             log_probs, entropy = token_log_probs_and_entropy(  # [n]
-                hidden, weight, targets, self.temperature, bias=self.vocabulary_bias,
-                with_entropy=not torch.is_grad_enabled(), chunk_function=self.chunk_function)
+                hidden, self.model.get_output_embeddings().weight, targets, self.temperature,
+                bias=self.vocabulary_bias, with_entropy=not torch.is_grad_enabled(),
+                chunk_function=self.chunk_function)
         mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)  # to scatter the n values back into tables
+        zeros = log_probs.new_zeros(mask.shape)  # the n values go back into tables, row by row
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
@@ -381,8 +372,8 @@ class Policy(nn.Module):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
-        # One autocast around all of it: it casts the weights once, not for each token. The blocks
-        # run uncompiled: with a cache each depends on its layer_idx, and would compile separately.
+        # One autocast around all of it casts the weights once, not for each token. --compile does
+        # not act here: with a cache, each block would be compiled on its own.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         with autocast, torch.compiler.set_stance("force_eager"):
             # The constructor draws the first token of each row. decoder.rows: those unfinished.
@@ -549,8 +540,8 @@ def grade(run, rollouts):
 def update(run, rollouts):
     """Steps 5 and 6. Only kept trajectories go through the student. -> metrics
 
-    Gradients add up over micro-batches and ranks. Each is divided by the same number, counted over
-    the whole step beforehand, so the result does not depend on how the step is cut.
+    Gradients add up over micro-batches and ranks, and the divisor is counted over the whole step
+    beforehand, so the result does not depend on how the step is cut.
     """
     config = run.config
     rows = rollouts.keep.nonzero()[:, 0].tolist()
@@ -578,7 +569,7 @@ def update(run, rollouts):
     norm = norm.item()
     skipped = not rows or not math.isfinite(loss + norm)  # nothing kept, or a NaN somewhere
     for group in run.optimizer.param_groups:
-        group["lr"] = config.lr  # here a schedule could depend on run.step, and survive --resume
+        group["lr"] = config.lr  # not that of a resumed optimizer; a schedule would stand here
         group["weight_decay"] = config.weight_decay
     if not skipped:
         run.optimizer.step()
@@ -625,8 +616,8 @@ def hard_weights(weights, response_mask):
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
     order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
-    places = order.argsort(1)  # the rank of each token in its row; the heaviest has 0
-    return (places < half) * lengths / half.clamp(min=1)
+    chosen = torch.arange(weights.shape[1]) < half  # [B, T], the first places of the order
+    return torch.zeros_like(weights).scatter(1, order, chosen * lengths / half.clamp(min=1))
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
@@ -665,8 +656,8 @@ class Decoder:
         padding | prompt | response | free
                         ^ width    ^ slot
 
-    The prompts end before `width`. `slot` is that of the last token fed in; the newest token, which
-    was drawn from it, is not in the cache yet.
+    The prompts end before `width`. `slot`, at first width - 1, is that of the last token fed in;
+    the newest token, which was drawn from it, is not in the cache yet.
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -738,13 +729,13 @@ class Decoder:
 
     def decode(self, steps):
         """Decode this many steps. A CUDA graph replays their kernels without Python in between."""
+        self.step()  # the first also warms up what is initialized lazily, which cannot be captured
         step = self.step
-        step()  # also warms up what is initialized lazily, which cannot be captured
         if self.policy.use_cuda_graph and self.preallocated:
             graph = torch.cuda.CUDAGraph()
             # thread_local: CUDA calls of other threads, such as NCCL's, do not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                step()  # captured, and not run
+                self.step()  # captured, and not run
             step = graph.replay
         for _ in range(steps - 1):
             step()
@@ -925,23 +916,14 @@ def log(run, metrics):
             file.write(json.dumps(row) + "\n")
 
 def examples(run, rollouts, count):
-    """The first rollouts that were kept, and the first that were dropped. -> dicts; each of their
-    tokens is a tuple: text, weight, log pi_T, log pi_S, H_T, H_S"""
-    tables = (rollouts.weights, rollouts.teacher_log_probs, rollouts.student_log_probs,
-              rollouts.teacher_entropy, rollouts.student_entropy)
-    dicts = []
+    """The first rollouts that were kept, and the first that were dropped.
+    -> a list of (row, verdict, prompt)"""
+    chosen = []
     for word, rows in (("kept", rollouts.keep), ("DROPPED", ~rollouts.keep)):
         for i in rows.nonzero()[:count, 0].tolist():
-            valid = rollouts.mask[i]
-            ids = rollouts.tokens[i, valid]
-            texts = [run.tokenizer.decode(token) for token in ids]
-            values = [table[i, valid].tolist() for table in tables]
-            dicts.append({
-                "verdict": f"{word}, score {rollouts.scores[i]:.3f}",
-                "prompt": run.tokenizer.decode(rollouts.prompts[i].ids),
-                "response": run.tokenizer.decode(ids),
-                "tokens": list(zip(texts, *values))})
-    return dicts
+            prompt = run.tokenizer.decode(rollouts.prompts[i].ids)
+            chosen.append((i, f"{word}, score {rollouts.scores[i]:.3f}", prompt))
+    return chosen
 
 def report_step(run, rollouts, metrics):
     """Log and print a step; for the first and the last, also print a kept and a dropped rollout."""
@@ -952,19 +934,24 @@ def report_step(run, rollouts, metrics):
     if metrics["skipped_updates"]:
         print0("warning: no update: nothing was kept, or something is not finite")
     if run.step in (1, run.config.steps):
-        for x in examples(run, rollouts, 1):
-            prompt = x["prompt"][-80:]
-            response = x["response"][-400:]
-            print0(f"{x['verdict']}: {prompt!r} -> {response!r}")
+        for i, verdict, prompt in examples(run, rollouts, 1):
+            response = run.tokenizer.decode(rollouts.tokens[i, rollouts.mask[i]])
+            print0(f"{verdict}: {prompt[-80:]!r} -> {response[-400:]!r}")
+
+def history(run, pattern):
+    """The metrics with such names, where they are not null. -> {name: [(step, value), ...]}"""
+    found = {}
+    for row in run.log:
+        for name, value in row.items():
+            if value is not None and re.fullmatch(pattern, name):
+                found.setdefault(name, []).append((row["step"], value))
+    return dict(sorted(found.items()))
 
 def summarize(run):
     """What changed from first to last, and how to continue."""
     print0(f"\n{'':24}{'first':>12}{'last':>12}")
-    names = {name for row in run.log for name in row}
-    for name in sorted(names):
-        values = [row[name] for row in run.log if row.get(name) is not None]
-        if values and re.fullmatch("(eval/)?(exact_match|reverse_kl)(/.*)?", name):
-            print0(f"{name:24}{values[0]:12.3f}{values[-1]:12.3f}")
+    for name, points in history(run, "(eval/)?(exact_match|reverse_kl)(/.*)?").items():
+        print0(f"{name:24}{points[0][1]:12.3f}{points[-1][1]:12.3f}")
     folder = run.config.output_dir
     print0(f"\n{run.step} of {run.config.steps} steps, metrics in {folder}/metrics.jsonl")
     if run.step == 0 or RANK > 0:
@@ -973,97 +960,76 @@ def summarize(run):
     print0(f"for from_pretrained, vLLM or --student: {checkpoints(folder)[-1]}")
     print0(f"to continue: --config {folder}/config.json --resume --steps {2 * run.step}")
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
+HEAD = """<!doctype html><meta charset="utf-8"><title>FiRe-OPD</title><style>
 :root { color-scheme: light dark }
 body { font: 15px/1.6 sans-serif; max-width: 62em; margin: 1em auto; overflow-wrap: anywhere }
 figure { display: inline-block; vertical-align: top; width: 18em; margin: 0 1em 1em 0 }
-svg { display: block; font: 9px sans-serif; fill: currentColor }
-</style><body><script>
-const data = DATA;
-const colors = ["#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#888888"];
-function add(parent, tag, text, color = "") {
-  const element = parent.appendChild(document.createElement(tag));
-  element.textContent = text;
-  element.style.color = color;
-  return element;
-}
-function draw(parent, width, height, shapes) {
-  const svg = `<svg viewBox="0 0 ${width} ${height}">${shapes.join("")}</svg>`;
-  add(parent, "div", "").innerHTML = svg;
-}
-function scale(values, start, end) {
-  const low = Math.min(...values), high = Math.max(...values);
-  return value => start + (end - start) * (value - low) / (high - low || 1);
-}
-function label(x, y, anchor, value) {
-  return `<text x="${x}" y="${y}" text-anchor="${anchor}">${+value.toPrecision(3)}</text>`;
-}
+svg { width: 100%; height: 6em; fill: none; overflow: visible }
+div { position: relative; height: 4em }
+div i { position: absolute; width: 8px; height: 8px; border-radius: 4px }
+</style>"""
+COLORS = ["#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#888888"]
 
-for (const start of ["eval/exact_match", "eval/reverse_kl", "reverse_kl", "response_length",
-                     "filter_threshold"]) {
-  const names = new Set(data.rows.flatMap(Object.keys).filter(name => name.startsWith(start)));
-  const has = name => data.rows.filter(row => row[name] != null);
-  const values = [...names].flatMap(name => has(name).map(row => row[name]));
-  if (values.length == 0) continue;
-  const figure = add(document.body, "figure", ""), shapes = [];
-  const x = scale([0, data.step], 0, 300), y = scale(values, 90, 12);
-  for (const name of names) {
-    const rows = has(name), color = colors[shapes.length % 6];
-    if (rows.length == 0) continue;
-    const line = rows.map(row => `${x(row.step)},${y(row[name])}`).join(" ");
-    shapes.push(`<polyline fill="none" stroke="${color}" points="${line}"/>`);
-    add(figure, "div", `${name} ${rows.at(-1)[name].toPrecision(3)}`, color);
-  }
-  shapes.push(label(0, 9, "start", Math.max(...values)));
-  shapes.push(label(0, 102, "start", Math.min(...values)));
-  shapes.push(label(300, 102, "end", data.step));
-  draw(figure, 300, 104, shapes);
-}
+def chart(curves):
+    """An HTML figure of metrics {name: [(step, value), ...]}. Its viewBox does the scaling."""
+    points = sum(curves.values(), [])
+    width = max(step for step, _ in points) or 1
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    html, lines = "", ""
+    for i, (name, curve) in enumerate(curves.items()):
+        color = COLORS[i % len(COLORS)]
+        html += f'<span style="color: {color}">{escape(name)} {curve[-1][1]:.3g}</span><br>'
+        path = " ".join(f"{step},{high - value}" for step, value in curve)
+        lines += f'<polyline points="{path}" stroke="{color}" vector-effect="non-scaling-stroke"/>'
+    box = f'viewBox="0 0 {width} {high - low or 1}" preserveAspectRatio="none"'
+    return (f"<figure>{html}<svg {box}>{lines}</svg><br>"
+            f"<small>{low:.3g} to {high:.3g}, {width} steps</small></figure>")
 
-const scores = data.scores.filter(row => isFinite(row.score));
-const values = scores.map(row => row.score);
-const threshold = Math.min(...scores.filter(row => row.kept).map(row => row.score));
-const x = scale(values, 8, 892);
-add(document.body, "h3", `Step ${data.step}: the score of each rollout, mean log pi_T`);
-add(document.body, "b", "kept ", colors[0]);
-add(document.body, "b", "dropped ", colors[1]);
-add(document.body, "span", `lowest kept: ${threshold.toPrecision(3)}`);
-for (const domain of new Set(scores.map(row => row.domain))) {
-  const shapes = [`<path stroke="currentColor" d="M ${x(threshold)} 0 v 40"/>`];
-  scores.forEach((row, i) => {  // spread in height, so that fewer dots hide each other
-    if (row.domain == domain) shapes.push(`<circle cx="${x(row.score)}" cy="${6 + i % 8 * 4}" r="4"
-      fill="${colors[row.kept ? 0 : 1]}" fill-opacity="0.5"/>`);
-  });
-  shapes.push(label(0, 50, "start", Math.min(...values)));
-  shapes.push(label(900, 50, "end", Math.max(...values)));
-  draw(add(document.body, "div", domain), 900, 52, shapes);
-}
-
-add(document.body, "h3", `Step ${data.step}: tokens, orange if they weigh more than 1, else blue`);
-for (const rollout of data.rollouts) {
-  const line = add(document.body, "p", "");
-  add(line, "b", `${rollout.verdict}: `);
-  add(line, "i", rollout.prompt);
-  for (const [text, weight, ...figures] of rollout.tokens) {
-    const token = add(line, "span", text), hue = weight > 1 ? "255,140,0" : "70,130,255";
-    if (weight) token.style.background = `rgba(${hue},${1.5 * Math.abs(weight - 1)})`;
-    token.title = `w ${weight}, log pi_T, log pi_S, H_T, H_S: ${figures}`;
-  }
-}
-</script>"""
+def background(orange, opacity):
+    """An HTML style, orange or blue."""
+    rgb = "255,140,0" if orange else "70,130,255"
+    return f"background: rgba({rgb},{opacity:.2f})"
 
 def write_report(run, rollouts):
     """report.html: curves of the log, and scores and some rollouts of the latest step."""
-    scores = []
-    for prompt, score, kept in zip(rollouts.prompts, rollouts.scores, rollouts.keep):
-        row = {"domain": prompt.domain, "score": score.item(), "kept": kept.item()}
-        scores.append(row)
-    some = examples(run, rollouts, 2)
-    data = {"step": run.step, "rows": run.log, "scores": scores, "rollouts": some}
-    text = json.dumps(data).replace("</", "<\\/")  # which would end the script
-    if RANK == 0:
-        path = Path(run.config.output_dir, "report.html")
-        path.write_text(PAGE.replace("DATA", text), encoding="utf-8")
+    if RANK > 0:
+        return
+    html = [HEAD]
+    for name in ("eval/exact_match", "eval/reverse_kl", "reverse_kl", "response_length",
+                 "filter_threshold"):
+        curves = history(run, name + ".*")
+        if curves:
+            html.append(chart(curves))
+
+    finite = rollouts.scores[rollouts.scores.isfinite()].tolist() or [0]
+    low, high = min(finite), max(finite)
+    html.append(f"<h3>Step {run.step}: scores of the rollouts, {low:.3g} to {high:.3g}; "
+                "orange: dropped</h3>")
+    for domain in sorted({prompt.domain for prompt in rollouts.prompts}):
+        html.append(f"<div>{escape(domain)}")
+        for i, prompt in enumerate(rollouts.prompts):
+            score = rollouts.scores[i].item()
+            if prompt.domain == domain and math.isfinite(score):
+                left = 99 * (score - low) / (high - low or 1)  # in %
+                top = 10 + i % 8 * 5  # spread in height, so that fewer dots hide each other
+                style = background(not rollouts.keep[i], 0.5)
+                html.append(f'<i style="left: {left:.2f}%; top: {top}px; {style}"></i>')
+        html.append("</div>")
+
+    html.append(f"<h3>Step {run.step}: tokens, orange if they weigh more than 1, else blue</h3>")
+    tables = {"w": rollouts.weights,
+              "log pi_T": rollouts.teacher_log_probs, "log pi_S": rollouts.student_log_probs,
+              "H_T": rollouts.teacher_entropy, "H_S": rollouts.student_entropy}
+    for i, verdict, prompt in examples(run, rollouts, 2):
+        html.append(f"<p><b>{verdict}:</b> {escape(prompt)} ")
+        for t in rollouts.mask[i].nonzero()[:, 0]:
+            text = escape(run.tokenizer.decode(rollouts.tokens[i, t]))
+            title = ", ".join(f"{name} {table[i, t]:.3f}" for name, table in tables.items())
+            weight = rollouts.weights[i, t]
+            style = background(weight > 1, rollouts.keep[i] * 1.5 * abs(weight - 1))
+            html.append(f'<span title="{title}" style="{style}">{text}</span>')
+    path = Path(run.config.output_dir, "report.html")
+    path.write_text("".join(html), encoding="utf-8")
 
 # --- Prompts -------------------------------------------------------------------------------------
 
@@ -1235,14 +1201,16 @@ def recomputed(forward, *args, **kwargs):
 
 def apply_fsdp(policy, is_student):
     """FSDP2. A teacher's block is gathered when it runs. The student stays unsharded from its first
-    sampled token to a backward pass: gathering it for every token would be far too slow."""
+    sampled token to a backward pass: gathering it for every token would be far too slow, and some
+    ranks decode longer than others. For that first token every rank needs a prompt."""
     precision = MixedPrecisionPolicy()
     if is_student and policy.bf16:
-        # cast_forward_inputs would round the uniforms of `sample` to bfloat16, some of them to 1.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # The policy comes last and takes what is left: its head may be tied to its embedding.
-    for module in blocks(policy.model) + [policy]:
-        fully_shard(module, reshard_after_forward=not is_student, mp_policy=precision)
+    for block in blocks(policy.model):
+        fully_shard(block, reshard_after_forward=not is_student, mp_policy=precision)
+    # The rest, with the head and an embedding tied to it, is gathered in float32, in which the
+    # gradients of the head's chunks must be added up.
+    fully_shard(policy, reshard_after_forward=not is_student)
     register_fsdp_forward_method(policy, "sample")
 
 def load_run(config):
@@ -1298,8 +1266,7 @@ def prepare_training(student, config):
 @torch.no_grad()
 def self_test(run, name, policy):
     """`Policy.forward` (chunked head, no cache, padding on the right) must give the log-probs of
-    `sample` (transformers' own head, with a cache, padding on the left). They differ if a model
-    scales its logits, or if positions or mask are wrong."""
+    `sample` (transformers' own head, with a cache, padding on the left)."""
     by_length = sorted(run.prompts, key=lambda prompt: len(prompt.ids))
     prompts = by_length[:4] + by_length[-4:]
     longest = len(prompts[-1].ids) + run.config.max_new_tokens
@@ -1431,10 +1398,9 @@ def save_rows(path, rows):
 
 # --- The tiny pair: a teacher and a student made in seconds --------------------------------------
 
-# In tiny_config.json each task says which domains a model learns first (`models`), until which
-# loss (`student_loss`), the shares of the domains among the prompts (`mixture`), and which teacher
-# grades each (`graded_by`). In "foreign" the teacher of sums also grades maxima, which it never
-# learned.
+# A task of tiny_config.json says which domains each model learns beforehand (`learns`), until which
+# loss (`student_loss`), and the shares of the domains among the prompts (`mixture`). In "foreign"
+# the teacher, named "sum", also grades maxima, which it never learned.
 
 def tiny_tokenizer():
     """One token per character."""
@@ -1446,17 +1412,16 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
-def tiny_rows(rng, count, tiny, mixture):
-    """The running sum mod 10 ("+") or maximum (",") of digits, where a mistake can make later
-    digits wrong. mixture {domain: share}"""
+def tiny_rows(rng, count, length, mixture):
+    """The running sum mod 10 ("+") or maximum (",") of `length` digits, where a mistake can make
+    later digits wrong. mixture {domain: share}"""
     shares = list(mixture.values())
     for domain in rng.choice(list(mixture), count, p=shares).tolist():
-        digits = rng.integers(0, 10, tiny["digits"])
+        digits = rng.integers(0, 10, length)
         results = np.cumsum(digits) % 10 if domain == "+" else np.maximum.accumulate(digits)
         prompt = "".join(map(str, digits)) + domain + "="
         answer = "".join(map(str, results))
-        teacher = tiny["graded_by"].get(domain)
-        yield {"prompt": prompt, "answer": answer, "domain": domain, "teacher": teacher}
+        yield {"prompt": prompt, "answer": answer, "domain": domain}
 
 def even_mixture(domains):
     """{domain: share}, with equal shares."""
@@ -1473,10 +1438,10 @@ def pretrain(name, tiny, seed):
         pad_token_id=tokenizer.pad_token_id, **tiny[kind]))
     optimizer = torch.optim.AdamW(
         model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
-    mixture = even_mixture(tiny["models"][name])
+    mixture = even_mixture(tiny["learns"][name])
     smooth = None
     for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
-        rows = tiny_rows(rng, 128, tiny, mixture)
+        rows = tiny_rows(rng, 128, tiny["digits"], mixture)
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1500,16 +1465,16 @@ def make_tiny(config):
     folder = Path(config.output_dir, f"tiny-{config.task}-{config.seed}")
     if RANK == 0 and not folder.exists():
         with atomic_folder(folder) as temporary:
-            for name in tiny["models"]:
+            for name in tiny["learns"]:
                 pretrain(name, tiny, config.seed).save_pretrained(temporary / name)
                 tiny_tokenizer().save_pretrained(temporary / name)
             rng = default_rng((config.seed, ORDER))
-            mixture = tiny["mixture"]
-            save_rows(temporary / "prompts.jsonl", tiny_rows(rng, 4096, tiny, mixture))
-            held_out = tiny_rows(rng, 512, tiny, even_mixture(mixture))
-            save_rows(temporary / "eval_prompts.jsonl", held_out)
+            rows = tiny_rows(rng, 4096, tiny["digits"], tiny["mixture"])
+            save_rows(temporary / "prompts.jsonl", rows)
+            rows = tiny_rows(rng, 512, tiny["digits"], even_mixture(tiny["mixture"]))
+            save_rows(temporary / "eval_prompts.jsonl", rows)
     barrier()
-    config.teacher = [f"{name}={folder}/{name}" for name in tiny["models"] if name != "student"]
+    config.teacher = [f"sum={folder}/sum"]
     config.student = f"{folder}/student"
     config.prompts = f"{folder}/prompts.jsonl"
     config.eval_prompts = f"{folder}/eval_prompts.jsonl"

@@ -1134,21 +1134,22 @@ def test_the_report_holds_the_log_and_is_safe_whatever_its_rollouts_say(
     monkeypatch.setattr(run.tokenizer, "decode", lambda *args, **kwargs: evil)
     f.report_step(run, rollouts, {"loss": 0.5, "reverse_kl": math.nan, "response_length": 2.0,
                                   "tokens_per_second": 9.0, "skipped_updates": 0})
-    f.write_report(run, rollouts)
     screen = capsys.readouterr().out
     assert screen.count(", score -") == 2  # one was kept, one was dropped
+    f.log(run, {"reverse_kl": 4.0})
+    f.log(run, {"reverse_kl": 1.0})
+    f.write_report(run, rollouts)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("</script>") == 1
-    assert "http" not in page
-    start = page.index("const data = ") + len("const data = ")
-    data, _ = json.JSONDecoder().raw_decode(page, start)
-    assert data["rows"] == log_of(tmp_path)
-    assert data["rows"][0]["reverse_kl"] is None
-    assert data["scores"][1] == {"domain": "b", "score": -2.0, "kept": True}
-    assert data["rollouts"][0]["prompt"] == evil
-    assert [len(x["tokens"]) for x in data["rollouts"]] == [3, 2, 3]
-    text, weight, *figures = data["rollouts"][0]["tokens"][0]
-    assert (text, weight, figures) == (evil, 2.0, [-1.0, -1.0, 1.0, 1.0])
+    assert "<script" not in page and "http" not in page
+    assert page.count("&lt;script&gt;") == 3 + 8  # three prompts and eight tokens
+    assert 'points="1,0.0 1,3.0"' in page  # the curve of reverse_kl from 4 down to 1
+    lefts = [float(left) for left in re.findall("left: ([0-9.]+)%", page)]
+    assert lefts == [99, 0, 66]  # domain a has the scores -1 and -4, domain b has -2
+    titles = re.findall('title="([^"]*)"', page)
+    assert titles[0] == "w 2.000, log pi_T -1.000, log pi_S -1.000, H_T 1.000, H_S 1.000"
+    shades = re.findall("<span title.*?rgba\\((.*?)\\)", page)
+    assert shades == ["255,140,0,1.50", "70,130,255,0.75", "70,130,255,0.75", "70,130,255,0.00",
+                      "70,130,255,0.00"] + ["70,130,255,0.00"] * 3  # the dropped has none
 
 # --- Settings and prompts ------------------------------------------------------------------------
 
@@ -1694,7 +1695,7 @@ def test_a_tiny_run_makes_its_pair_once_and_goes_on(tmp_path, out, capsys):
     settings["batch_size"] = 8
     settings["tiny"]["pretrain_steps"] = 1
     (tmp_path / "tiny.json").write_text(json.dumps(settings))
-    argv = ["--config", str(tmp_path / "tiny.json"), "--output-dir", str(out), "--task", "routed"]
+    argv = ["--config", str(tmp_path / "tiny.json"), "--output-dir", str(out), "--task", "single"]
     f.main([*argv, "--steps", "1"])
     assert "the tiny student:" in capsys.readouterr().out
     f.main([*argv, "--steps", "2", "--resume"])

@@ -54,10 +54,9 @@ def run(name, task, seed, share=None, **settings):
     prompts = pair / "prompts.jsonl"
     if share is not None:
         prompts = pair / f"prompts-{share}.jsonl"
-        tiny = TINY | TINY["tasks"][task]
         mixture = {"+": 1 - share, ",": share}
         rng = default_rng((seed, fire_opd.ORDER))
-        fire_opd.save_rows(prompts, fire_opd.tiny_rows(rng, 4096, tiny, mixture))
+        fire_opd.save_rows(prompts, fire_opd.tiny_rows(rng, 4096, TINY["digits"], mixture))
     own = {"seed": seed, "teacher": f"sum={pair}/sum", "student": f"{pair}/student",
            "prompts": prompts, "eval_prompts": pair / "eval_prompts.jsonl",
            "eval_every": 10, "save_every": 0, "output_dir": folder}
