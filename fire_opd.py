@@ -71,7 +71,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import cached_file
 
@@ -621,24 +621,14 @@ def hard_weights(weights, response_mask):
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values [n, heads, L, d] with free slots, into which later tokens are written.
-    Appending would copy everything for every token. `Decoder.keep_rows` adds the free slots."""
-
-    def __init__(self, slot):
-        super().__init__()
-        self.slot = slot  # [1], of the token that is fed in; `Decoder.step` advances it
+class CastStaticLayer(StaticLayer):
+    """Keys and values [n, heads, L, d] of a layer with free slots, into which `update` writes those
+    of new tokens. Appending, as DynamicLayer does, would copy everything for every token."""
 
     def update(self, keys, values, *args, **kwargs):
-        """The first call brings the prompts' keys and values, each later one those of a token."""
-        keys = keys.to(values.dtype)  # under autocast rotary embeddings leave them in float32
-        if not self.is_initialized:
-            return super().update(keys, values)
-        self.keys.index_copy_(2, self.slot, keys)
-        self.values.index_copy_(2, self.slot, values)
-        return self.keys, self.values
+        return super().update(keys.to(values.dtype), values)  # under autocast they differ
 
-def can_preallocate(model, cache):
+def suits_static_cache(model, cache):
     """Whether free slots and CUDA graphs suit a model: not if it has sliding windows, linear
     attention or ALiBi, or positions that depend on the longest row. Those keep the cache that
     transformers gives them."""
@@ -674,13 +664,11 @@ class Decoder:
         ids = pad_sequence(ids, batch_first=True, padding_side="left").to(DEVICE)
         self.width = ids.shape[1]
         self.slots = torch.arange(self.width, device=DEVICE)  # [L], all that the cache has
-        self.slot = self.slots[-1:].clone()  # [1], SHARED with the layers of the cache
+        self.slot = self.slots[-1:].clone()  # [1]
         padding = [[self.width - len(prompt)] for prompt in prompts]
         self.padding = torch.tensor(padding, device=DEVICE)  # [n, 1]
         self.cache = transformers.DynamicCache(config=policy.model.config)
-        self.preallocated = can_preallocate(policy.model, self.cache)
-        if self.preallocated:
-            self.cache.layers = [PreallocatedLayer(self.slot) for _ in self.cache.layers]
+        self.static = suits_static_cache(policy.model, self.cache)
         attention = self.slots >= self.padding  # [b, width]
         positions = (self.slots - self.padding).clamp(min=0)
         self.ids = self.draw(ids, attention, positions)  # [n, 1]
@@ -703,7 +691,7 @@ class Decoder:
         """Feed in the last token of each row and draw the next."""
         self.slot.add_(1)
         attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
-        if self.preallocated:
+        if self.static:
             attention = attention[:, None, None]  # in four dimensions transformers leaves it alone
         else:
             attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
@@ -718,20 +706,18 @@ class Decoder:
         used = self.slot.item() + 1
         total = 8 * math.ceil((used + room) / 8)  # attention kernels prefer multiples of 8
         self.slots = torch.arange(total, device=DEVICE)  # [L]
-        self.cache.reorder_cache(keep.nonzero()[:, 0])  # despite its name it selects these rows
-        if self.preallocated:
-            free = (0, 0, 0, total - used)  # F.pad: nothing around d, free slots at the end of L
-            for layer in self.cache.layers:
-                keys = layer.keys[:, :, :used]  # without the free slots that are left
-                values = layer.values[:, :, :used]
-                layer.keys = F.pad(keys, free)
-                layer.values = F.pad(values, free)
+        if not self.static:
+            self.cache.reorder_cache(keep.nonzero()[:, 0])  # despite its name it selects these rows
+            return
+        for i, old in enumerate(self.cache.layers):
+            self.cache.layers[i] = CastStaticLayer(total)
+            self.cache.layers[i].update(old.keys[keep, :, :used], old.values[keep, :, :used])
 
     def decode(self, steps):
         """Decode this many steps. A CUDA graph replays their kernels without Python in between."""
         self.step()  # the first also warms up what is initialized lazily, which cannot be captured
         step = self.step
-        if self.policy.use_cuda_graph and self.preallocated:
+        if self.policy.use_cuda_graph and self.static:
             graph = torch.cuda.CUDAGraph()
             # thread_local: CUDA calls of other threads, such as NCCL's, do not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
