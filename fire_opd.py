@@ -669,6 +669,8 @@ class Decoder:
         self.padding = torch.tensor(padding, device=DEVICE)  # [n, 1]
         self.cache = transformers.DynamicCache(config=policy.model.config)
         self.static = suits_static_cache(policy.model, self.cache)
+        if self.static:
+            self.cache.layers = [CastStaticLayer(self.width) for _ in self.cache.layers]
         attention = self.slots >= self.padding  # [b, width]
         positions = (self.slots - self.padding).clamp(min=0)
         self.ids = self.draw(ids, attention, positions)  # [n, 1]
