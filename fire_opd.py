@@ -553,7 +553,7 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # As under DDP's no_sync(), only the last backward exchanges gradients. Ignored without DDP.
+        # Only the last backward exchanges gradients, as with no_sync(). Nobody but DDP reads this.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t uses log pi_S of this forward pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
@@ -568,9 +568,6 @@ def update(run, rollouts):
         norm = norm.full_tensor()
     norm = norm.item()
     skipped = not rows or not math.isfinite(loss + norm)  # nothing kept, or a NaN somewhere
-    for group in run.optimizer.param_groups:
-        group["lr"] = config.lr  # not that of a resumed optimizer; a schedule would stand here
-        group["weight_decay"] = config.weight_decay
     if not skipped:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=False)  # DDP's gradients are views of its buckets
@@ -756,7 +753,7 @@ def parse_config(argv):
         with user_file(path):
             settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             tiny = settings.pop("tiny", {})
-        for name, value in settings.items():  # as flags: checked like flags, and later ones win
+        for name, value in settings.items():  # as words, --compile True: checked like flags
             if value not in (None, []):
                 values = value if isinstance(value, list) else [value]
                 words += ["--" + name, *map(str, values)]
@@ -1230,7 +1227,7 @@ def load_run(config):
     path = saved[-1] if saved else config.student
     student = load_policy("student", path, eos_ids, vocabulary, config)
     trained, optimizer = prepare_training(student, config)
-    folder = Path(cached_file(config.student, "config.json")).parent
+    folder = Path(cached_file(config.student, "config.json")).parent  # also of a hub name
     run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)
     if saved:
         resume(run, saved[-1])
@@ -1248,7 +1245,8 @@ def prepare_training(student, config):
     if WORLD_SIZE > 1 and not config.shard:
         trained = DistributedDataParallel(student, gradient_as_bucket_view=True)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, fused=True)  # `update` sets lr and weight decay
+    optimizer = torch.optim.AdamW(
+        parameters, config.lr, weight_decay=config.weight_decay, fused=True)
     return trained, optimizer
 
 @torch.no_grad()
@@ -1377,6 +1375,9 @@ def resume(run, folder):
     run.log = state["log"]
     print0(f"continues after step {run.step}")
     dcp.set_optimizer_state_dict(run.student, run.optimizer, state["optimizer"], options=WHOLE)
+    for group in run.optimizer.param_groups:  # the settings of now, not those of the checkpoint
+        group["lr"] = run.config.lr
+        group["weight_decay"] = run.config.weight_decay
 
 def save_rows(path, rows):
     """A JSON Lines file."""
