@@ -32,9 +32,9 @@ In a notebook, where you can replace any function (fire_opd.token_weights = mine
     run.step += 1
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
-moments, 2 for a bfloat16 copy) and 2 per teacher parameter; --shard divides all but the 2-byte copy
-by the number of GPUs. Add the cache of the rollouts or the activations of an update, whichever is
-larger.
+moments, 2 for a bfloat16 copy) and 2 per teacher parameter. --shard divides this by the number of
+GPUs, except for the copy, which each GPU holds whole. Add the cache of the rollouts or the
+activations of an update, whichever is larger.
 
 Left out on purpose: a reward and a critic, credit for later tokens (A_t is about y_t alone), a KL
 penalty, several updates per rollout, full-vocabulary divergences, learning-rate schedules.
@@ -199,17 +199,18 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the k1 estimate of the reverse KL(pi_S || pi_T). For the gradient of another divergence
-    E_S[f(u)], u = pi_T / pi_S, return u f'(u) - f(u), with f written so that f'(1) = 0.
+    -A_t is the one-sample (k1) estimate of KL(pi_S || pi_T), the reverse KL. For the gradient of
+    another divergence, E_S[f(u)] with u = pi_T / pi_S, return u f'(u) - f(u), with f such that
+    f'(1) = 0. For the reverse KL that is f(u) = u - 1 - log u, which gives log u = A_t.
     """
     return teacher_log_probs - student_log_probs
 
 def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
-    r_t is 1 and has the gradient of log pi_S: the value estimates the weighted reverse KL, and the
-    gradient is REINFORCE's. Clipping r_t, as PPO and the released code do, would change nothing,
-    since each rollout serves one update.
+    r_t is 1 and has the gradient of log pi_S. So the value, -(1/divisor) sum w A, estimates the
+    weighted reverse KL, and the gradient, -(1/divisor) sum w A grad log pi_S, is REINFORCE's.
+    Clipping r_t would change nothing, since each rollout serves one update.
     All tensors [b, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
     micro-batches are summed.
     """
@@ -222,8 +223,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
-    # Autocast would make one bfloat16 copy of the parameter W for all chunks, and add up their
-    # gradients in it. Of the view W.T each chunk makes its own, and they are added up in float32.
+    # Autocast casts a parameter once and keeps the copy, so the gradients of all chunks would be
+    # added up in bfloat16. It keeps no copy of a view such as W.T: they are added up in float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -239,8 +240,8 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
     and entropy [N], which is not. With V = 152 k the logits of 8,192 tokens take 5 GB, and their
     gradient several times that. So only one chunk has logits at a time, and the backward pass
-    computes them again. A chunk of fewer than about D tokens would be slow: each of them reads and
-    writes all of W's gradient [V, D].
+    computes them again. Small chunks would be slow: each reads and writes all of W's gradient.
+    chunk_function: chunk_log_probs, or its compiled version.
     """
     if chunk is None:
         chunk = max(128, hidden.shape[1])
@@ -261,7 +262,8 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u.
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
-    is in float64: in float32, rounding over 152 k tokens would distort the tail.
+    is in float64: in float32, rounding over 152 k tokens would distort the tail. Whoever changes
+    the distribution here (top-p) must change it in `chunk_log_probs`, too.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -317,7 +319,7 @@ def broadcast(value):
 # --- Policies: a causal language model, teacher or student, as the method sees it ----------------
 
 class Policy(nn.Module):
-    """`forward` scores given responses, `sample` writes new ones, both at the same temperature.
+    """`forward` grades given responses, `sample` writes new ones, both at the same temperature.
     eos_ids and vocabulary are sets of ids; only those of the vocabulary are ever sampled."""
     segment = 64  # after this many tokens, the rows that have ended leave the batch
 
@@ -348,7 +350,7 @@ class Policy(nn.Module):
             row_ids = torch.tensor(prompt + row[valid].tolist())
             ids.append(row_ids)
             is_response.append(torch.arange(len(row_ids)) >= len(prompt))
-        if not prompts:  # a rank without rows must still join in, with nothing to score
+        if not prompts:  # a rank without rows must still join in, with two tokens of no response
             ids.append(torch.tensor([0, 0]))
             is_response.append(torch.tensor([False, False]))
         # Padding is on the right, where a causal model never looks: no attention mask.
@@ -364,7 +366,7 @@ class Policy(nn.Module):
                 bias=self.vocabulary_bias, with_entropy=not torch.is_grad_enabled(),
                 chunk_function=self.chunk_function)
         mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)  # the n values go back into tables, row by row
+        zeros = log_probs.new_zeros(mask.shape)  # the n values go back in the order they came
         return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
 
     @torch.no_grad()
@@ -372,11 +374,12 @@ class Policy(nn.Module):
         """One response to each of b prompts, lists of ids. uniforms [b, T] in [0, 1)
         -> tokens, log_probs, entropy, all [b, T], undefined after a row's EOS"""
         T = uniforms.shape[1]
-        # One autocast around all of it casts the weights once, not for each token. --compile does
-        # not act here: with a cache, each block would be compiled on its own.
+        # One autocast around all of it casts the weights once, not for each token.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
+        # Without --compile's blocks: with a cache, each would be compiled on its own.
         with autocast, torch.compiler.set_stance("force_eager"):
-            # The constructor draws the first token of each row. decoder.rows: those unfinished.
+            # The decoder draws a first token for each row, keeps those that it is told to (`rows`,
+            # their numbers), and then draws as many tokens as it is told to.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
@@ -509,16 +512,18 @@ def micro_batches(rows, lengths, budget):
 
     Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
     number of lists, some perhaps empty: even a rank without rows must join in every collective.
+    Of rows of 9, 5, 4 and 2 tokens with a budget of 10, rank 0 of 2 gets [9] and [2], rank 1 [5, 4]
+    and [].
     """
-    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list: without it, one rank could get all
+    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank might get all rows
     batches = []
-    room = 0  # how many more rows fit in the last list
+    rows_left = 0  # how many more rows fit in the last list
     for i in sorted(rows, key=lengths.__getitem__, reverse=True):
-        if room == 0:
+        if rows_left == 0:
             batches.append([])
-            room = min(most_rows, max(1, budget // lengths[i]))
+            rows_left = min(most_rows, max(1, budget // lengths[i]))
         batches[-1].append(i)
-        room -= 1
+        rows_left -= 1
     while len(batches) % WORLD_SIZE:
         batches.append([])
     return batches[RANK::WORLD_SIZE]
@@ -553,7 +558,7 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # Only the last backward exchanges gradients, as with no_sync(). Nobody but DDP reads this.
+        # DDP, the only reader of this attribute, exchanges gradients in the last backward alone.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t uses log pi_S of this forward pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
@@ -613,8 +618,9 @@ def hard_weights(weights, response_mask):
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
     order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
-    chosen = torch.arange(weights.shape[1]) < half  # [B, T], the first places of the order
-    return torch.zeros_like(weights).scatter(1, order, chosen * lengths / half.clamp(min=1))
+    heavier = torch.arange(weights.shape[1]) < half  # [B, T], by place in the order
+    values = heavier * lengths / half.clamp(min=1)
+    return torch.zeros_like(weights).scatter(1, order, values)
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
@@ -623,18 +629,19 @@ class CastStaticLayer(StaticLayer):
     of new tokens. Appending, as DynamicLayer does, would copy everything for every token."""
 
     def update(self, keys, values, *args, **kwargs):
-        return super().update(keys.to(values.dtype), values)  # under autocast they differ
+        keys = keys.to(values.dtype)  # under autocast rotary embeddings make them float32
+        return super().update(keys, values)
 
 def suits_static_cache(model, cache):
-    """Whether free slots and CUDA graphs suit a model: not if it has sliding windows, linear
-    attention or ALiBi, or positions that depend on the longest row. Those keep the cache that
-    transformers gives them."""
+    """Whether free slots and CUDA graphs suit a model; others keep transformers' dynamic cache."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
+    # Other rotary embeddings depend on the longest row. Other layers have a sliding window or
+    # linear attention. Only sdpa is known to take a mask of four dimensions as it is.
     return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
-            and not getattr(config, "alibi", False)
+            and all(type(layer) is DynamicLayer for layer in cache.layers)
             and model.config._attn_implementation == "sdpa"
-            and all(type(layer) is DynamicLayer for layer in cache.layers))
+            and not getattr(config, "alibi", False))
 
 class Decoder:
     """The responses to b prompts, drawn token by token; n of them are still being written. The L
@@ -643,8 +650,9 @@ class Decoder:
         padding | prompt | response | free
                         ^ width    ^ slot
 
-    The prompts end before `width`. `slot`, at first width - 1, is that of the last token fed in;
-    the newest token, which was drawn from it, is not in the cache yet.
+    The prompts end before `width`; `slot` is that of the last token fed in. The newest token, which
+    was drawn from it, is not in the cache yet. So with prompts of 2 and 4 tokens width is 4, and at
+    first slot is 3 and the newest token is column 0 of the response.
 
     `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
     """
@@ -691,7 +699,7 @@ class Decoder:
         self.slot.add_(1)
         attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
         if self.static:
-            attention = attention[:, None, None]  # in four dimensions transformers leaves it alone
+            attention = attention[:, None, None]  # in four dimensions it is used as it is
         else:
             attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
         positions = self.slot - self.padding  # [n, 1]
@@ -713,8 +721,8 @@ class Decoder:
             self.cache.layers[i].update(old.keys[keep, :, :used], old.values[keep, :, :used])
 
     def decode(self, steps):
-        """Decode this many steps. A CUDA graph replays their kernels without Python in between."""
-        self.step()  # the first also warms up what is initialized lazily, which cannot be captured
+        """One step, then the others, which a CUDA graph replays without Python in between."""
+        self.step()  # also warms up what is initialized lazily, which cannot be captured
         step = self.step
         if self.policy.use_cuda_graph and self.static:
             graph = torch.cuda.CUDAGraph()
@@ -1099,7 +1107,7 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-    Embeddings of equal size prove nothing, since they are padded.
+    Where they mean different tokens, added tokens are left out, and any other is an error.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1108,7 +1116,6 @@ def shared_vocabulary(configs, tokenizers):
     shared = set(ours)
     for name, theirs in tokens.items():
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
-        # An added token, often a reserved one, may differ, and is left out; any other may not.
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1185,23 +1192,24 @@ def recomputed(forward, *args, **kwargs):
     return forward(*args, **kwargs)
 
 def apply_fsdp(policy, is_student):
-    """FSDP2. A teacher's block is gathered when it runs. The student stays unsharded from its first
-    sampled token to a backward pass: gathering it for every token would be far too slow, and some
-    ranks decode longer than others. For that first token every rank needs a prompt."""
+    """FSDP2. A teacher's block is gathered when it runs. The student is gathered, by all ranks, for
+    the first token of a rollout, and stays whole until a backward pass. To gather it for every
+    token would be far too slow, and some ranks decode more tokens than others."""
     precision = MixedPrecisionPolicy()
     if is_student and policy.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks(policy.model):
         fully_shard(block, reshard_after_forward=not is_student, mp_policy=precision)
-    # The rest, with the head and an embedding tied to it, is gathered in float32, in which the
-    # gradients of the head's chunks must be added up.
+    # The rest, with head and embedding, stays float32 when gathered: the gradients of the head's
+    # chunks are added up in it.
     fully_shard(policy, reshard_after_forward=not is_student)
     register_fsdp_forward_method(policy, "sample")
 
 def load_run(config):
-    """Everything a run needs. What is cheap to check comes before what is slow. -> Run"""
+    """Everything a run needs: first what is cheap to check, then the output folder, and the models
+    last. The tiny pair is made in the output folder, which therefore comes first. -> Run"""
     if config.tiny:
-        claim_folder(config)  # before make_tiny fills in paths, which config.json must not list
+        claim_folder(config)  # and write config.json, before make_tiny fills in its paths
         make_tiny(config)
     paths = {"student": config.student} | teacher_paths(config)
     configs, tokenizers, eos_ids = {}, {}, set()
@@ -1222,7 +1230,7 @@ def load_run(config):
     eval_prompts = load_prompts(config.eval_prompts, tokenizer, config, vocabulary, teachers)
     print0(f"first prompt: {tokenizer.decode(prompts[0].ids)!r}")
     if not config.tiny:
-        claim_folder(config)  # only now: nothing is written if a check above fails
+        claim_folder(config)  # not before: a failed check should leave nothing behind
     saved = broadcast(checkpoints(config.output_dir))
     path = saved[-1] if saved else config.student
     student = load_policy("student", path, eos_ids, vocabulary, config)
@@ -1338,7 +1346,7 @@ def save_checkpoint(run):
     model = run.student.model
     folder = Path(run.config.output_dir, f"checkpoint-{run.step:06d}")
     weights = dcp.get_model_state_dict(model, options=WHOLE)  # collective: rank 0 gets it all
-    moments = dcp.get_optimizer_state_dict(run.student, run.optimizer, options=WHOLE)
+    moments = dcp.get_optimizer_state_dict(model, run.optimizer, options=WHOLE)
     if RANK == 0:
         names = dict(model.named_parameters()) | dict(model.named_buffers())
         for name in weights.keys() - names.keys():  # a tied head: named once, as the embedding
@@ -1374,7 +1382,8 @@ def resume(run, folder):
     run.step = int(folder.name[-6:])
     run.log = state["log"]
     print0(f"continues after step {run.step}")
-    dcp.set_optimizer_state_dict(run.student, run.optimizer, state["optimizer"], options=WHOLE)
+    dcp.set_optimizer_state_dict(
+        run.student.model, run.optimizer, state["optimizer"], options=WHOLE)
     for group in run.optimizer.param_groups:  # the settings of now, not those of the checkpoint
         group["lr"] = run.config.lr
         group["weight_decay"] = run.config.weight_decay
