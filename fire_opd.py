@@ -378,8 +378,8 @@ class Policy(nn.Module):
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         # Without --compile's blocks: with a cache, each would be compiled on its own.
         with autocast, torch.compiler.set_stance("force_eager"):
-            # The decoder draws a first token for each row, keeps those that it is told to (`rows`,
-            # their numbers), and then draws as many tokens as it is told to.
+            # It draws the first token of each row. decoder.rows are the rows that it still writes;
+            # `keep_rows` selects some of them, and `decode` draws their next tokens.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
