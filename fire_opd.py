@@ -26,10 +26,9 @@ In a notebook, where you can replace any function (fire_opd.token_weights = mine
 
     import fire_opd
     config = fire_opd.parse_config(["--steps", "5"])
-    fire_opd.start_ranks(config)
+    fire_opd.start_ranks()
     run = fire_opd.load_run(config)
     rollouts, metrics = fire_opd.train_step(run)
-    run.step += 1
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
 moments, 2 for a bfloat16 copy) and 2 per teacher parameter. --shard divides this by the number of
@@ -162,22 +161,18 @@ def filter_trajectories(scores, percentile):
     own quantile and always be kept. The quantile is that of all finite scores, interpolated
     linearly. Scores equal to it are kept; NaN and infinite scores never are.
     """
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile must be in [0, 100], got {percentile}")
     scores = scores.double()
     finite = scores.isfinite()
     if not finite.any():
         return finite  # nothing to keep
     threshold = scores[finite].quantile(percentile / 100)
-    threshold = threshold - 1e-9  # interpolation may land just above a score that is the quantile
-    return finite & (scores >= threshold)
+    return finite & (scores >= threshold - 1e-9)  # it may be rounded to just above a score
 
 def relative_entropy(entropy, mask):
     """H / max H of each row, in [0, 1]; 0 where all entropies are 0. [B, T] -> [B, T]"""
     entropy = upcast(entropy.detach()).masked_fill(~mask, 0)
     largest = entropy.amax(1, keepdim=True)
-    largest = largest.clamp(min=torch.finfo(entropy.dtype).tiny)  # 0 / 0 would be NaN
-    return entropy / largest
+    return entropy / largest.clamp(min=1e-30)  # 0 / 0 would be NaN
 
 def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, beta=1.0):
     """Reweight: w_t = (1 + alpha c_t) (1 + beta u_t), divided by its mean over the trajectory.
@@ -281,10 +276,7 @@ def stateless_uniforms(key, rows, width):
     """Uniforms in [0, 1), float64 [b, width]. Those of row i depend only on i and on key, which is
     (seed, purpose, step), or (seed, purpose) if all steps share them. So, except for rounding,
     neither the number of ranks nor resuming changes a run, and no generator has to be restored."""
-    drawn = []
-    for i in rows:
-        rng = default_rng((*key, i))
-        drawn.append(rng.random(width))
+    drawn = [default_rng((*key, i)).random(width) for i in rows]
     return torch.tensor(np.array(drawn))
 
 # --- Ranks: torchrun starts one process (a rank) per GPU; each takes its share of the rows -------
@@ -310,7 +302,7 @@ def barrier():
     sum_over_ranks(torch.zeros(1))
 
 def broadcast(value):
-    """Rank 0's value, on every rank. Rank 0 may return before the others."""
+    """Rank 0's value, on every rank."""
     box = [value]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(box)
@@ -329,13 +321,17 @@ class Policy(nn.Module):
         self.eos_ids = eos_ids
         self.temperature = config.temperature
         self.bf16 = compute_dtype(config) == torch.bfloat16  # autocast matrix products
-        self.use_cuda_graph = False  # in decoding; `prepare_student` turns it on
+        self.use_cuda_graph = DEVICE == "cuda" and not config.shard  # with FSDP it is untested
         # Some rows of the head are padding, or tokens that another model lacks. A bias of minus
         # infinity excludes them. Cutting them off would leave an odd V, slow on a GPU.
         head = model.get_output_embeddings().weight  # [V, D]
         bias = torch.full(head.shape[:1], -torch.inf)
         bias[sorted(vocabulary)] = 0
         self.register_buffer("vocabulary_bias", bias, persistent=False)  # [V]
+        if config.gradient_checkpointing:  # transformers' own would need training mode
+            for block in blocks(model):
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         self.chunk_function = chunk_log_probs
         if config.compile:
             self.chunk_function = torch.compile(chunk_log_probs, dynamic=True)
@@ -344,7 +340,8 @@ class Policy(nn.Module):
 
     def forward(self, prompts, tokens, mask):
         """log pi(y_t) and H_t of responses to b prompts, lists of ids. tokens, mask [b, T]
-        -> two tables [b, T], 0 off the mask. With gradients H_t is left 0: no update needs it."""
+        -> two tables [b, T], 0 off the mask. With gradients H_t is left 0: no update needs it.
+        Tables, also those of `sample`, are on the CPU."""
         ids, is_response = [], []
         for prompt, row, valid in zip(prompts, tokens, mask):
             row_ids = torch.tensor(prompt + row[valid].tolist())
@@ -365,9 +362,9 @@ class Policy(nn.Module):
                 hidden, self.model.get_output_embeddings().weight, targets, self.temperature,
                 bias=self.vocabulary_bias, with_entropy=not torch.is_grad_enabled(),
                 chunk_function=self.chunk_function)
-        mask = mask.to(DEVICE)
-        zeros = log_probs.new_zeros(mask.shape)  # the n values go back in the order they came
-        return zeros.masked_scatter(mask, log_probs), zeros.masked_scatter(mask, entropy)
+        zeros = torch.zeros(mask.shape)  # the n values go back in the order they came
+        return (zeros.masked_scatter(mask, log_probs.cpu()),
+                zeros.masked_scatter(mask, entropy.cpu()))
 
     @torch.no_grad()
     def sample(self, prompts, uniforms):
@@ -387,9 +384,9 @@ class Policy(nn.Module):
                 ended = is_eos(drawn, self.eos_ids).any(1)
                 if ended.all():
                     break
-                steps = min(self.segment, T - start)
-                decoder.keep_rows(~ended, room=steps)
-                decoder.decode(steps)
+                count = min(self.segment, T - start)
+                decoder.keep_rows(~ended, room=count)
+                decoder.decode(count)
         tables = (decoder.tokens, decoder.log_probs, decoder.entropy)
         return [table.cpu() for table in tables]
 
@@ -442,7 +439,7 @@ class Run:
     seconds: dict = field(default_factory=dict)  # phase -> how long it took
 
 def train_step(run):
-    """One step of FiRe-OPD; the caller counts it in run.step. -> Rollouts, metrics"""
+    """One step of FiRe-OPD. -> Rollouts, metrics"""
     config = run.config
     # 1. the student writes
     r = rollout(run, step_prompts(run), (config.seed, SAMPLE, run.step))
@@ -462,6 +459,7 @@ def train_step(run):
         r.weights = hard_weights(r.weights, kept)
     # 5. loss, 6. update
     metrics = update(run, r)
+    run.step += 1
     return r, metrics | measure_step(run, r)
 
 def timed(phase):
@@ -510,23 +508,17 @@ def rollout(run, prompts, key):
 def micro_batches(rows, lengths, budget):
     """This rank's share of `rows`, in lists of at most `budget` tokens with padding (or one row).
 
-    Sorted by length: little padding, and a list's first row is its longest. All ranks get the same
-    number of lists, some perhaps empty: even a rank without rows must join in every collective.
-    Of rows of 9, 5, 4 and 2 tokens with a budget of 10, rank 0 of 2 gets [9] and [2], rank 1 [5, 4]
-    and [].
+    Sorted by length, for little padding, and dealt to the ranks like cards, so that all ranks get
+    the same number of lists, the last one perhaps empty. Of rows of 9, 5, 4, 2 and 1 tokens with a
+    budget of 10, rank 0 of 2 gets [9] and [4, 1], and rank 1 gets [5] and [2].
     """
-    most_rows = math.ceil(len(rows) / WORLD_SIZE)  # per list, or one rank might get all rows
+    rows = sorted(rows, key=lengths.__getitem__, reverse=True)
     batches = []
-    rows_left = 0  # how many more rows fit in the last list
-    for i in sorted(rows, key=lengths.__getitem__, reverse=True):
-        if rows_left == 0:
-            batches.append([])
-            rows_left = min(most_rows, max(1, budget // lengths[i]))
-        batches[-1].append(i)
-        rows_left -= 1
-    while len(batches) % WORLD_SIZE:
-        batches.append([])
-    return batches[RANK::WORLD_SIZE]
+    while rows:
+        count = max(1, budget // lengths[rows[0]])  # rows[0] is the longest
+        dealt, rows = rows[:count * WORLD_SIZE], rows[count * WORLD_SIZE:]
+        batches.append(dealt[RANK::WORLD_SIZE])
+    return batches
 
 @timed
 @torch.no_grad()
@@ -536,18 +528,12 @@ def grade(run, rollouts):
     for name, teacher in run.teachers.items():
         rows = [i for i, prompt in enumerate(rollouts.prompts) if prompt.teacher == name]
         for micro in micro_batches(rows, rollouts.total_lengths, run.config.micro_batch_tokens):
-            log_probs, entropy = teacher(*rollouts.select(micro))  # [b, T]
-            tables[0, micro] = log_probs.cpu()
-            tables[1, micro] = entropy.cpu()
+            tables[0, micro], tables[1, micro] = teacher(*rollouts.select(micro))  # [b, T]
     return sum_over_ranks(tables)
 
 @timed
 def update(run, rollouts):
-    """Steps 5 and 6. Only kept trajectories go through the student. -> metrics
-
-    Gradients add up over micro-batches and ranks, and the divisor is counted over the whole step
-    beforehand, so the result does not depend on how the step is cut.
-    """
+    """Steps 5 and 6. Only kept trajectories go through the student. -> metrics"""
     config = run.config
     rows = rollouts.keep.nonzero()[:, 0].tolist()
     weights = rollouts.weights
@@ -562,11 +548,10 @@ def update(run, rollouts):
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t uses log pi_S of this forward pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
-        part = policy_loss(
-            log_probs, rollouts.teacher_log_probs[micro].to(DEVICE), weights[micro].to(DEVICE),
-            rollouts.mask[micro].to(DEVICE), divisor)
+        part = policy_loss(log_probs, rollouts.teacher_log_probs[micro], weights[micro],
+                           rollouts.mask[micro], divisor)
         (part * WORLD_SIZE).backward()  # DDP and FSDP take the mean over ranks, we want the sum
-        loss += part.detach().cpu()
+        loss += part.detach()
     loss = sum_over_ranks(loss).item()
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), config.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # under FSDP: the norm over all shards
@@ -588,7 +573,6 @@ def train(config):
         evaluate(run)
     while run.step < config.steps:
         rollouts, metrics = train_step(run)
-        run.step += 1
         report_step(run, rollouts, metrics)
         if due(run, config.eval_every):
             evaluate(run)
@@ -618,9 +602,8 @@ def hard_weights(weights, response_mask):
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
     order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
-    heavier = torch.arange(weights.shape[1]) < half  # [B, T], by place in the order
-    values = heavier * lengths / half.clamp(min=1)
-    return torch.zeros_like(weights).scatter(1, order, values)
+    place = order.argsort(dim=1)  # [B, T], of each token in the order; 0 for the heaviest
+    return (place < half) * lengths / half.clamp(min=1)
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
@@ -654,7 +637,8 @@ class Decoder:
     was drawn from it, is not in the cache yet. So with prompts of 2 and 4 tokens width is 4, and at
     first slot is 3 and the newest token is column 0 of the response.
 
-    `step` changes tensors only in place, so a CUDA graph can replay it; `keep_rows` makes new ones.
+    `next_token` changes tensors only in place, so a CUDA graph can replay it. `keep_rows` makes new
+    ones.
     """
 
     def __init__(self, policy, prompts, uniforms):
@@ -676,12 +660,17 @@ class Decoder:
         self.static = suits_static_cache(policy.model, self.cache)
         if self.static:
             self.cache.layers = [CastStaticLayer(self.width) for _ in self.cache.layers]
-        attention = self.slots >= self.padding  # [b, width]
-        positions = (self.slots - self.padding).clamp(min=0)
-        self.ids = self.draw(ids, attention, positions)  # [n, 1]
+        self.newest = self.draw(ids, self.slots)  # [n, 1]
 
-    def draw(self, ids, attention, positions):
-        """Feed ids to the model and draw the next token of each row. -> [n, 1]"""
+    def draw(self, ids, slots):
+        """Feed in ids, which come into these slots, and draw the next token of each row.
+        -> [n, 1]"""
+        attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
+        if not self.static:
+            attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
+        elif len(slots) == 1:
+            attention = attention[:, None, None]  # in four dimensions it is used as it is
+        positions = (slots - self.padding).clamp(min=0)
         output = self.policy.model(
             input_ids=ids, attention_mask=attention, position_ids=positions,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -694,21 +683,15 @@ class Decoder:
         self.entropy[self.rows, column] = entropy
         return tokens[:, None]
 
-    def step(self):
-        """Feed in the last token of each row and draw the next."""
+    def next_token(self):
+        """Feed in the newest token of each row and draw the next."""
         self.slot.add_(1)
-        attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
-        if self.static:
-            attention = attention[:, None, None]  # in four dimensions it is used as it is
-        else:
-            attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
-        positions = self.slot - self.padding  # [n, 1]
-        self.ids.copy_(self.draw(self.ids, attention, positions))
+        self.newest.copy_(self.draw(self.newest, self.slot))
 
     def keep_rows(self, keep, room):
         """Continue with some of the n rows, bool [n], and make room for this many tokens."""
         self.rows = self.rows[keep]
-        self.ids = self.ids[keep]
+        self.newest = self.newest[keep]
         self.padding = self.padding[keep]
         used = self.slot.item() + 1
         total = 8 * math.ceil((used + room) / 8)  # attention kernels prefer multiples of 8
@@ -720,18 +703,19 @@ class Decoder:
             self.cache.layers[i] = CastStaticLayer(total)
             self.cache.layers[i].update(old.keys[keep, :, :used], old.values[keep, :, :used])
 
-    def decode(self, steps):
-        """One step, then the others, which a CUDA graph replays without Python in between."""
-        self.step()  # also warms up what is initialized lazily, which cannot be captured
-        step = self.step
+    def decode(self, count):
+        """Draw this many tokens of each row, all but the first by replays of a CUDA graph, without
+        Python in between."""
+        self.next_token()  # also warms up what is initialized lazily, which cannot be captured
+        next_token = self.next_token
         if self.policy.use_cuda_graph and self.static:
             graph = torch.cuda.CUDAGraph()
             # thread_local: CUDA calls of other threads, such as NCCL's, do not break the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.step()  # captured, and not run
-            step = graph.replay
-        for _ in range(steps - 1):
-            step()
+                self.next_token()  # captured, and not run
+            next_token = graph.replay
+        for _ in range(count - 1):
+            next_token()
 
 # --- The command line ----------------------------------------------------------------------------
 
@@ -739,7 +723,7 @@ class UserError(Exception):
     """A user's mistake, which `main` shows as one line."""
 
 @contextlib.contextmanager
-def user_file(name):
+def fault_of(name):
     """Report what fails in here as a fault of `name`: one line instead of a traceback."""
     try:
         yield
@@ -758,7 +742,7 @@ def parse_config(argv):
         path = Path(__file__).with_name("tiny_config.json")
     words, tiny = [], {}
     if path:
-        with user_file(path):
+        with fault_of(path):
             settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             tiny = settings.pop("tiny", {})
         for name, value in settings.items():  # as words, --compile True: checked like flags
@@ -772,10 +756,10 @@ def parse_config(argv):
     folder = Path(path).parent
     if config.resume and path and not config.output_dir and (folder / "metrics.jsonl").exists():
         config.output_dir = str(folder)  # the file lies in the folder of its run
-    check(config)
+    check_settings(config)
     return config
 
-def check(config):
+def check_settings(config):
     """Refuse what would fail late or go wrong silently. No number may be negative."""
     for name, value in vars(config).items():
         if isinstance(value, (int, float)) and not 0 <= value <= 1e9:
@@ -879,9 +863,7 @@ def evaluate(run):
     for domain in sorted({prompt.domain for prompt in r.prompts} - {""}):
         in_domain = [prompt.domain == domain for prompt in r.prompts]
         groups["/" + domain] = torch.tensor(in_domain)
-    row = {}
-    for name, x in averages(run, r, groups).items():
-        row["eval/" + name] = x
+    row = {"eval/" + name: x for name, x in averages(run, r, groups).items()}
     for suffix in groups:
         print0(f"step {run.step}: eval{suffix}: reverse_kl {row['eval/reverse_kl' + suffix]:.3f}, "
                f"exact_match {row['eval/exact_match' + suffix]:.3f}")
@@ -1077,12 +1059,12 @@ def load_prompts(path, tokenizer, config, vocabulary, teachers):
     """The prompts of a JSON Lines file; those that are too long are dropped, and counted."""
     if not path:
         return []
-    with user_file(path):
+    with fault_of(path):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     prompts = []
     for number, line in enumerate(progress(path, lines), 1):
         if line.strip():
-            with user_file(f"{path} line {number}"):
+            with fault_of(f"{path} line {number}"):
                 row = json.loads(line)
                 prompts.append(parse_prompt(row, tokenizer, config, vocabulary, teachers))
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
@@ -1144,7 +1126,7 @@ def load_policy(name, path, eos_ids, vocabulary, config):
     dtype = compute_dtype(config)
     if is_student:
         dtype = torch.float32  # an AdamW step of 1e-6 would vanish in the rounding of bfloat16
-    with user_file(f"{name} {path}"):
+    with fault_of(f"{name} {path}"):
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
@@ -1156,23 +1138,14 @@ def load_policy(name, path, eos_ids, vocabulary, config):
     model.generation_config = GenerationConfig()
     model.config.get_text_config().output_router_logits = False  # nothing here reads them
     model.requires_grad_(False).eval()
+    if is_student:  # not all of the model: a vision tower gets no gradient from text
+        model.get_decoder().requires_grad_()
+        model.get_output_embeddings().requires_grad_()
     policy = Policy(model, eos_ids, vocabulary, config)
-    if is_student:
-        prepare_student(policy, config)
     if config.shard:
         apply_fsdp(policy, is_student)
     print0(f"{name}: {model.num_parameters():,} parameters from {path}")
     return policy.to(DEVICE)
-
-def prepare_student(policy, config):
-    """What the student alone needs: gradients, and fast rollouts."""
-    # Not all of the model: a vision tower gets no gradient from text.
-    policy.model.get_decoder().requires_grad_()
-    policy.model.get_output_embeddings().requires_grad_()
-    policy.use_cuda_graph = DEVICE == "cuda" and not config.shard  # with FSDP it is untested
-    if config.gradient_checkpointing:
-        for block in blocks(policy.model):
-            block.forward = functools.partial(recomputed, block.forward)
 
 def compute_dtype(config):
     """The dtype of the teachers' weights, and of a student's matrix products."""
@@ -1184,12 +1157,6 @@ def blocks(model):
     """The transformer blocks of the text model."""
     modules = model.get_decoder().modules()
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
-
-def recomputed(forward, *args, **kwargs):
-    """Gradient checkpointing of a block; transformers' own would need training mode."""
-    if torch.is_grad_enabled():
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return forward(*args, **kwargs)
 
 def apply_fsdp(policy, is_student):
     """FSDP2. A teacher's block is gathered when it runs. The student is gathered, by all ranks, for
@@ -1208,13 +1175,16 @@ def apply_fsdp(policy, is_student):
 def load_run(config):
     """Everything a run needs: first what is cheap to check, then the output folder, and the models
     last. The tiny pair is made in the output folder, which therefore comes first. -> Run"""
+    if not config.output_dir:
+        name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
+        config.output_dir = broadcast(name)
     if config.tiny:
         claim_folder(config)  # and write config.json, before make_tiny fills in its paths
         make_tiny(config)
     paths = {"student": config.student} | teacher_paths(config)
     configs, tokenizers, eos_ids = {}, {}, set()
     for name, path in paths.items():
-        with user_file(f"{name} {path}"):
+        with fault_of(f"{name} {path}"):
             configs[name] = AutoConfig.from_pretrained(path, trust_remote_code=False)
             tokenizers[name] = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             eos_ids |= end_ids(path, configs[name].get_text_config(), tokenizers[name])
@@ -1234,6 +1204,7 @@ def load_run(config):
     saved = broadcast(checkpoints(config.output_dir))
     path = saved[-1] if saved else config.student
     student = load_policy("student", path, eos_ids, vocabulary, config)
+    # Before the self-test: under FSDP sampling swaps the parameters.
     trained, optimizer = prepare_training(student, config)
     folder = Path(cached_file(config.student, "config.json")).parent  # also of a hub name
     run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)
@@ -1275,8 +1246,7 @@ def self_test(run, name, policy):
     tokens, sampled, _ = policy.sample(ids, uniforms)
     mask = mask_responses(tokens, policy.eos_ids)
     scored, _ = policy(ids, tokens, mask)  # [8, 16]
-    gaps = scored.cpu() - sampled
-    gap = gaps[mask].abs().mean().item()
+    gap = (scored - sampled)[mask].abs().mean().item()
     print0(f"self-test of {name}: log-probs of scoring and sampling are {gap:.1e} apart")
     limit = 0.1 if policy.bf16 else 1e-4  # allowance for rounding, more at low temperatures
     if not gap < limit / min(1, run.config.temperature):  # so that NaN fails, too
@@ -1292,7 +1262,7 @@ def claim_folder(config):
     if RANK > 0:
         return
     folder = Path(config.output_dir)
-    with user_file(f"output folder {folder}"):
+    with fault_of(f"output folder {folder}"):
         folder.mkdir(parents=True, exist_ok=config.resume)  # if two runs start at once, one fails
         with atomic_folder(folder / "trial"):  # a mounted bucket may not be able to rename
             pass
@@ -1359,7 +1329,6 @@ def save_checkpoint(run):
             torch.save(state, temporary / "training.pt")
         for old in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(old)
-    barrier()
 
 def copy_small_files(source, target, eos_ids):
     """The student's tokenizer and configuration as they are, so that older versions of transformers
@@ -1377,7 +1346,7 @@ def copy_small_files(source, target, eos_ids):
 
 def resume(run, folder):
     """Restore step, optimizer and log from a checkpoint; the weights have been loaded."""
-    with user_file(f"{folder} (delete it to resume from the checkpoint before it)"):
+    with fault_of(f"{folder} (delete it to resume from the checkpoint before it)"):
         state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
     run.step = int(folder.name[-6:])
     run.log = state["log"]
@@ -1396,9 +1365,9 @@ def save_rows(path, rows):
 
 # --- The tiny pair: a teacher and a student made in seconds --------------------------------------
 
-# A task of tiny_config.json says which domains each model learns beforehand (`learns`), until which
-# loss (`student_loss`), and the shares of the domains among the prompts (`mixture`). In "foreign"
-# the teacher, named "sum", also grades maxima, which it never learned.
+# A task of tiny_config.json says what each model learns beforehand (`learns`: domains and their
+# shares), the student until which loss (`student_loss`), and the shares of the domains among the
+# prompts (`mixture`). In "foreign" the teacher, "sum", also grades maxima, which it never learned.
 
 def tiny_tokenizer():
     """One token per character."""
@@ -1421,10 +1390,6 @@ def tiny_rows(rng, count, length, mixture):
         answer = "".join(map(str, results))
         yield {"prompt": prompt, "answer": answer, "domain": domain}
 
-def even_mixture(domains):
-    """{domain: share}, with equal shares."""
-    return dict.fromkeys(domains, 1 / len(domains))
-
 def pretrain(name, tiny, seed):
     """Train a model of the pair on its domains until the smoothed loss is low."""
     kind = "student" if name == "student" else "teacher"
@@ -1436,10 +1401,8 @@ def pretrain(name, tiny, seed):
         pad_token_id=tokenizer.pad_token_id, **tiny[kind]))
     optimizer = torch.optim.AdamW(
         model.parameters(), tiny["pretrain_lr"], weight_decay=0.0, fused=True)
-    mixture = even_mixture(tiny["learns"][name])
-    smooth = None
     for step in progress(f"training the tiny {name}", range(tiny["pretrain_steps"])):
-        rows = tiny_rows(rng, 128, tiny["digits"], mixture)
+        rows = tiny_rows(rng, 128, tiny["digits"], tiny["learns"][name])
         texts = [row["prompt"] + row["answer"] + "<eos>" for row in rows]
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]  # [128, 2 digits + 3]
         labels = ids.clone()
@@ -1448,7 +1411,7 @@ def pretrain(name, tiny, seed):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if smooth is None:
+        if step == 0:
             smooth = loss.item()
         smooth = 0.8 * smooth + 0.2 * loss.item()
         if smooth < tiny[kind + "_loss"]:
@@ -1469,7 +1432,7 @@ def make_tiny(config):
             rng = default_rng((config.seed, ORDER))
             rows = tiny_rows(rng, 4096, tiny["digits"], tiny["mixture"])
             save_rows(temporary / "prompts.jsonl", rows)
-            rows = tiny_rows(rng, 512, tiny["digits"], even_mixture(tiny["mixture"]))
+            rows = tiny_rows(rng, 512, tiny["digits"], tiny["learns"]["student"])
             save_rows(temporary / "eval_prompts.jsonl", rows)
     barrier()
     config.teacher = [f"sum={folder}/sum"]
@@ -1479,8 +1442,8 @@ def make_tiny(config):
 
 # --- The command ---------------------------------------------------------------------------------
 
-def start_ranks(config):
-    """Device and ranks, and a name for the output folder where none was given."""
+def start_ranks():
+    """Connect this process to the others, and to its GPU."""
     if DEVICE == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
         # cuDNN's attention takes 23 to 37 ms to plan for each new length, and most calls bring one.
@@ -1488,16 +1451,13 @@ def start_ranks(config):
     if WORLD_SIZE > 1:  # no backend given: gloo for tensors on the CPU, NCCL for those on GPUs
         # Ranks wait for each other's longest rollouts, and for a checkpoint to be written.
         dist.init_process_group(timeout=timedelta(hours=3))
-    if not config.output_dir:
-        name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
-        config.output_dir = broadcast(name)
 
 def main(argv):
     """The command: main(["--steps", "5"]) is `python fire_opd.py --steps 5`. A user's mistake is
     one line and SystemExit with status 2."""
     try:
         config = parse_config(argv)
-        start_ranks(config)
+        start_ranks()
         train(config)
     except UserError as error:
         message = " ".join(str(error).split())
