@@ -362,6 +362,7 @@ class Policy(nn.Module):
                 hidden, self.model.get_output_embeddings().weight, targets, self.temperature,
                 bias=self.vocabulary_bias, with_entropy=not torch.is_grad_enabled(),
                 chunk_function=self.chunk_function)
+        mask = mask.cpu()  # FSDP moves arguments to the GPU
         zeros = torch.zeros(mask.shape)  # the n values go back in the order they came
         return (zeros.masked_scatter(mask, log_probs.cpu()),
                 zeros.masked_scatter(mask, entropy.cpu()))
@@ -1329,6 +1330,7 @@ def save_checkpoint(run):
             torch.save(state, temporary / "training.pt")
         for old in checkpoints(folder.parent)[:-2]:
             shutil.rmtree(old)
+    barrier()  # NCCL's groups should end together
 
 def copy_small_files(source, target, eos_ids):
     """The student's tokenizer and configuration as they are, so that older versions of transformers
