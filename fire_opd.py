@@ -194,9 +194,10 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the one-sample (k1) estimate of KL(pi_S || pi_T), the reverse KL. For the gradient of
-    another divergence, E_S[f(u)] with u = pi_T / pi_S, return u f'(u) - f(u), with f such that
-    f'(1) = 0. For the reverse KL that is f(u) = u - 1 - log u, which gives log u = A_t.
+    -A_t is the one-sample (k1) estimate of the reverse KL(pi_S || pi_T). A divergence E_S[f(u)],
+    u = pi_T / pi_S, has the gradient E_S[(f(u) - u f'(u)) grad log pi_S], so to train another one
+    return u f'(u) - f(u), with f such that f'(1) = 0. Reverse KL: f(u) = u - 1 - log u gives
+    log u = A_t. Forward KL: f(u) = u log u - u + 1 gives u - 1.
     """
     return teacher_log_probs - student_log_probs
 
@@ -218,8 +219,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
-    # Autocast casts a parameter once and keeps the copy, so the gradients of all chunks would be
-    # added up in bfloat16. It keeps no copy of a view such as W.T: they are added up in float32.
+    # `.T` on purpose. Autocast keeps the bfloat16 copy of a parameter, so all chunks would add up
+    # their gradients in it. It keeps no copy of a view, so each gradient becomes float32 first.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -235,11 +236,11 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     hidden [N, D], lm_head_weight [V, D], bias [V], targets [N] -> log_probs [N], differentiable,
     and entropy [N], which is not. With V = 152 k the logits of 8,192 tokens take 5 GB, and their
     gradient several times that. So only one chunk has logits at a time, and the backward pass
-    computes them again. Small chunks would be slow: each reads and writes all of W's gradient.
+    computes them again. Small chunks would be slow, as each reads and writes all of W's gradient.
     chunk_function: chunk_log_probs, or its compiled version.
     """
     if chunk is None:
-        chunk = max(128, hidden.shape[1])
+        chunk = max(128, hidden.shape[1])  # logits [D, V], no larger than W's gradient
     if bias is None:
         bias = hidden.new_zeros(len(lm_head_weight))
     log_probs, entropy = [], []
@@ -363,7 +364,8 @@ class Policy(nn.Module):
                 bias=self.vocabulary_bias, with_entropy=not torch.is_grad_enabled(),
                 chunk_function=self.chunk_function)
         mask = mask.cpu()  # FSDP moves arguments to the GPU
-        zeros = torch.zeros(mask.shape)  # the n values go back in the order they came
+        zeros = torch.zeros(mask.shape)
+        # The n values go back in the order they came. Gradients pass through .cpu(), too.
         return (zeros.masked_scatter(mask, log_probs.cpu()),
                 zeros.masked_scatter(mask, entropy.cpu()))
 
@@ -374,10 +376,10 @@ class Policy(nn.Module):
         T = uniforms.shape[1]
         # One autocast around all of it casts the weights once, not for each token.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
-        # Without --compile's blocks: with a cache, each would be compiled on its own.
+        # Eager, even with --compile: with a cache, each block would be compiled on its own.
         with autocast, torch.compiler.set_stance("force_eager"):
-            # It draws the first token of each row. decoder.rows are the rows that it still writes;
-            # `keep_rows` selects some of them, and `decode` draws their next tokens.
+            # Feed in the prompts and draw the first token of each row. In each pass of the loop
+            # the rows still being written, decoder.rows, get up to `segment` tokens more.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
@@ -516,7 +518,7 @@ def micro_batches(rows, lengths, budget):
     rows = sorted(rows, key=lengths.__getitem__, reverse=True)
     batches = []
     while rows:
-        count = max(1, budget // lengths[rows[0]])  # rows[0] is the longest
+        count = max(1, budget // lengths[rows[0]])  # rows for each rank; rows[0] is the longest
         dealt, rows = rows[:count * WORLD_SIZE], rows[count * WORLD_SIZE:]
         batches.append(dealt[RANK::WORLD_SIZE])
     return batches
@@ -545,7 +547,7 @@ def update(run, rollouts):
     loss = torch.zeros(())
     micros = micro_batches(rows, rollouts.total_lengths, config.micro_batch_tokens)
     for i, micro in enumerate(micros):
-        # DDP, the only reader of this attribute, exchanges gradients in the last backward alone.
+        # DDP exchanges gradients in the last backward alone. Without DDP nobody reads this.
         run.trained.require_backward_grad_sync = i == len(micros) - 1
         # A_t uses log pi_S of this forward pass, not the sampler's: the two round differently.
         log_probs, _ = run.trained(*rollouts.select(micro))  # [b, T]
@@ -663,15 +665,14 @@ class Decoder:
             self.cache.layers = [CastStaticLayer(self.width) for _ in self.cache.layers]
         self.newest = self.draw(ids, self.slots)  # [n, 1]
 
-    def draw(self, ids, slots):
-        """Feed in ids, which come into these slots, and draw the next token of each row.
-        -> [n, 1]"""
+    def draw(self, ids, fed):
+        """Feed in ids, into the slots `fed`, and draw the next token of each row. -> [n, 1]"""
         attention = (self.slots >= self.padding) & (self.slots <= self.slot)  # [n, L]
         if not self.static:
-            attention = attention[:, :self.slot.item() + 1]  # without the slots that are free
-        elif len(slots) == 1:
-            attention = attention[:, None, None]  # in four dimensions it is used as it is
-        positions = (slots - self.padding).clamp(min=0)
+            attention = attention[:, :self.slot.item() + 1]  # a dynamic cache has no free slots
+        elif len(fed) == 1:
+            attention = attention[:, None, None]  # transformers uses four dimensions as they are
+        positions = (fed - self.padding).clamp(min=0)
         output = self.policy.model(
             input_ids=ids, attention_mask=attention, position_ids=positions,
             past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -741,12 +742,14 @@ def parse_config(argv):
     path = config.config
     if not path and not config.teacher and not config.student and not config.prompts:
         path = Path(__file__).with_name("tiny_config.json")
+    # The file's settings become words of the command line, before those of argv: all are checked
+    # alike, and the later ones win.
     words, tiny = [], {}
     if path:
         with fault_of(path):
             settings = json.loads(Path(path).read_text(encoding="utf-8-sig"))
             tiny = settings.pop("tiny", {})
-        for name, value in settings.items():  # as words, --compile True: checked like flags
+        for name, value in settings.items():
             if value not in (None, []):
                 values = value if isinstance(value, list) else [value]
                 words += ["--" + name, *map(str, values)]
@@ -793,8 +796,8 @@ def check_settings(config):
 def final_answer(text):
     """The content of the last \\boxed{...}, or else the last number, or else all of the text."""
     text = text.split("####")[-1]  # GSM8K puts the answer after ####
-    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # also with braces inside
-    # A minus after a digit, a letter or a bracket is not a sign.
+    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # also \boxed{\frac{1}{2}}
+    # -3 or 1,234.5 or 2/3. A minus after a digit, a letter or a bracket is not a sign: 5-3 has 3.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
     found = boxes or numbers or [text]
     answer = re.sub(r"[\s$,]", "", found[-1])
@@ -1090,7 +1093,6 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-    Where they mean different tokens, added tokens are left out, and any other is an error.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1099,6 +1101,7 @@ def shared_vocabulary(configs, tokenizers):
     shared = set(ours)
     for name, theirs in tokens.items():
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
+        # An added token, often a reserved one, may differ; any other shows another tokenizer.
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1174,8 +1177,8 @@ def apply_fsdp(policy, is_student):
     register_fsdp_forward_method(policy, "sample")
 
 def load_run(config):
-    """Everything a run needs: first what is cheap to check, then the output folder, and the models
-    last. The tiny pair is made in the output folder, which therefore comes first. -> Run"""
+    """Everything a run needs: what is cheap to check, then the output folder, then the models. But
+    the tiny pair is made in the output folder, so there the folder comes first. -> Run"""
     if not config.output_dir:
         name = time.strftime(f"runs/%Y%m%d-%H%M%S-{os.getpid()}")
         config.output_dir = broadcast(name)
@@ -1205,7 +1208,7 @@ def load_run(config):
     saved = broadcast(checkpoints(config.output_dir))
     path = saved[-1] if saved else config.student
     student = load_policy("student", path, eos_ids, vocabulary, config)
-    # Before the self-test: under FSDP sampling swaps the parameters.
+    # Before the self-test: under FSDP its sampling replaces the parameters by gathered ones.
     trained, optimizer = prepare_training(student, config)
     folder = Path(cached_file(config.student, "config.json")).parent  # also of a hub name
     run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)
