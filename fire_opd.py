@@ -22,12 +22,12 @@ marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, model
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-In a notebook, where you can replace any function (fire_opd.token_weights = mine) between steps:
+In a notebook, where you can replace functions (fire_opd.token_weights = mine) between steps:
 
     import fire_opd
     config = fire_opd.parse_config(["--steps", "5"])
     fire_opd.start_ranks()
-    run = fire_opd.load_run(config)
+    run = fire_opd.load_run(config)  # once, as it also makes the tiny pair
     rollouts, metrics = fire_opd.train_step(run)
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
@@ -179,7 +179,8 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 
     Teacher confidence c_t = 1 - H_T,t / max H_T: a teacher that hesitates teaches little.
     Student confusion  u_t = H_S,t / max H_S: where the student hesitates it has the most to learn.
-    Entropies (nats) and mask [B, T] -> weights [B, T], zero off the mask, without gradient.
+    Entropies (nats; anything off the mask) and mask [B, T] -> weights [B, T], zero off the mask,
+    without gradient.
     Maximum and mean are those of each row; in the released code they are those of the micro-batch.
     """
     mask = response_mask.bool()
@@ -204,9 +205,10 @@ def token_advantages(teacher_log_probs, student_log_probs):
 def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
-    r_t is 1 and has the gradient of log pi_S. So the value, -(1/divisor) sum w A, estimates the
-    weighted reverse KL, and the gradient, -(1/divisor) sum w A grad log pi_S, is REINFORCE's.
-    Clipping r_t would change nothing, since each rollout serves one update.
+    r_t is 1 and has the gradient of log pi_S. So the gradient, -(1/divisor) sum w A grad log pi_S,
+    is REINFORCE's, and the value, -(1/divisor) sum w A, estimates the weighted reverse KL (of
+    another divergence only the gradient is right). Clipping r_t would change nothing, since each
+    rollout serves one update.
     All tensors [b, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
     micro-batches are summed.
     """
@@ -259,7 +261,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
     is in float64: in float32, rounding over 152 k tokens would distort the tail. Whoever changes
-    the distribution here (top-p) must change it in `chunk_log_probs`, too.
+    the distribution here (top-p) must change it in `chunk_log_probs`, too, before load_run.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -706,8 +708,8 @@ class Decoder:
             self.cache.layers[i].update(old.keys[keep, :, :used], old.values[keep, :, :used])
 
     def decode(self, count):
-        """Draw this many tokens of each row, all but the first by replays of a CUDA graph, without
-        Python in between."""
+        """Draw this many tokens of each row. All but the first are replays of a CUDA graph, without
+        Python in between; it is a new one each time, as `keep_rows` makes new tensors."""
         self.next_token()  # also warms up what is initialized lazily, which cannot be captured
         next_token = self.next_token
         if self.policy.use_cuda_graph and self.static:
@@ -1323,7 +1325,7 @@ def save_checkpoint(run):
     moments = dcp.get_optimizer_state_dict(model, run.optimizer, options=WHOLE)
     if RANK == 0:
         names = dict(model.named_parameters()) | dict(model.named_buffers())
-        for name in weights.keys() - names.keys():  # a tied head: named once, as the embedding
+        for name in weights.keys() - names.keys():  # a tied head: the embedding under a second name
             del weights[name]
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary, state_dict=weights)
