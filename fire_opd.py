@@ -1010,7 +1010,7 @@ def write_report(run, rollouts):
             style = background(weight > 1, rollouts.keep[i] * 1.5 * abs(weight - 1))
             html.append(f'<span title="{title}" style="{style}">{text}</span>')
     path = Path(run.config.output_dir, "report.html")
-    path.write_text("".join(html), encoding="utf-8")
+    path.write_text("".join(html), encoding="utf-8", errors="replace")
 
 # --- Prompts -------------------------------------------------------------------------------------
 
@@ -1028,8 +1028,8 @@ def tokenize(content, tokenizer, config):
             return tokenizer(content, verbose=False)["input_ids"]
         content = [{"role": "user", "content": content}]
     for message in content:
-        if not isinstance(message["content"], str):
-            raise UserError("the content of each message must be a string")
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise UserError("each message needs a 'role', and a 'content' that is a string")
     if content[-1]["role"] == "assistant":  # a row of a fine-tuning set, with its reply
         content = content[:-1]
     return tokenizer.apply_chat_template(
@@ -1194,12 +1194,14 @@ def load_run(config):
             configs[name] = AutoConfig.from_pretrained(path, trust_remote_code=False)
             tokenizers[name] = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             eos_ids |= end_ids(path, configs[name].get_text_config(), tokenizers[name])
-    if hasattr(configs["student"], "quantization_config"):
+    if getattr(configs["student"], "quantization_config", None):
         raise UserError(f"student {config.student}: its weights are quantized, which cannot be "
                         "trained; give the unquantized checkpoint")
     tokenizer = tokenizers["student"]
     vocabulary = shared_vocabulary(configs, tokenizers)
     eos_ids &= vocabulary
+    if not eos_ids:
+        raise UserError("no eos_token_id of the models is a token that all of them know")
     print0(f"responses end with one of {tokenizer.convert_ids_to_tokens(sorted(eos_ids))}")
     teachers = [name for name in paths if name != "student"]
     prompts = load_prompts(config.prompts, tokenizer, config, vocabulary, teachers)
@@ -1244,7 +1246,7 @@ def self_test(run, name, policy):
     end = getattr(policy.model.config.get_text_config(), "max_position_embeddings", longest)
     if longest > end:
         print0(f"warning: {name}: prompt and response may take {longest} tokens, but "
-               f"max_position_embeddings is {end}")
+               f"max_position_embeddings is {end}: lower --max-new-tokens or --max-prompt-tokens")
     ids = [prompt.ids for prompt in prompts]
     width = min(16, run.config.max_new_tokens)
     key = (run.config.seed, EVALUATE)
@@ -1288,7 +1290,7 @@ def write_settings(config, path):
         before = json.loads(path.read_text())
         if "filter_percentile" not in before:  # a model's, which must not be overwritten
             raise UserError(f"{path} is not the config of a run")
-        if before["student"] != settings["student"]:  # "" if it was the tiny pair's
+        if checkpoints(path.parent) and before["student"] != settings["student"]:  # tiny: ""
             raise UserError(f"{path} is of a run with --student {before['student']!r}: give that, "
                             "or another --output-dir")
         for name, value in settings.items():
@@ -1355,8 +1357,8 @@ def resume(run, folder):
     """Restore step, optimizer and log from a checkpoint; the weights have been loaded."""
     with fault_of(f"{folder} (delete it to resume from the checkpoint before it)"):
         state = torch.load(folder / "training.pt", weights_only=True, mmap=True)
+        run.log = state["log"]
     run.step = int(folder.name[-6:])
-    run.log = state["log"]
     print0(f"continues after step {run.step}")
     dcp.set_optimizer_state_dict(
         run.student.model, run.optimizer, state["optimizer"], options=WHOLE)

@@ -1381,8 +1381,8 @@ def test_a_bad_settings_file_is_refused(pair, tmp_path, capsys, content, said):
     ('["12+="]', "line 2: each line must be a JSON object"),
     ('{"text": "12+="}', "line 2: give 'prompt'"),
     ('{"prompt": 5}', "line 2: give 'prompt'"),
-    ('{"prompt": ["12+="]}', "line 2: TypeError"),
-    ('{"messages": [{"content": [{"type": "text", "text": "1"}]}]}', "line 2: the content of each"),
+    ('{"prompt": ["12+="]}', "line 2: each message needs a 'role'"),
+    ('{"messages": [{"content": [{"type": "text", "text": "1"}]}]}', "line 2: each message needs"),
     ('{"prompt": "12+=", "teacher": "another"}', "teacher 'another' is not one of ['teacher']"),
     ('{"messages": [{"role": "user", "content": "1"}]}', "line 2: ValueError"),  # no template
 ])
@@ -1414,6 +1414,13 @@ def test_a_quantized_student_is_refused_in_words(pair, tmp_path, capsys, a_copy)
     edit(a_copy / "config.json", quantization_config={"quant_method": "fp8"})
     said = refusal(flags(pair, tmp_path / "out", student=a_copy), capsys)
     assert "its weights are quantized" in said
+
+def test_models_that_list_no_end_of_sequence_are_refused(pair, tmp_path, capsys, a_copy):
+    edit(a_copy / "config.json", eos_token_id=None)
+    edit(a_copy / "generation_config.json", eos_token_id=None)
+    edit(a_copy / "tokenizer_config.json", eos_token=None)
+    argv = flags(pair, tmp_path / "out", student=a_copy, teacher=a_copy)
+    assert "no eos_token_id of the models" in refusal(argv, capsys)
 
 @pytest.mark.parametrize("damage,said", [
     (without_weights, "teacher "),
@@ -1567,6 +1574,13 @@ def test_a_start_that_fails_leaves_the_folder_as_it_was(pair, tmp_path, out, cap
     refusal(flags(pair, out, prompts=bad, resume=True, steps=2, lr=1), capsys)
     assert (out / "config.json").read_text() == settings
     assert log_of(out) == rows
+
+def test_a_first_start_with_a_broken_student_does_not_bind_the_folder_to_it(
+        pair, out, a_copy, capsys):
+    cut_weights(a_copy)
+    assert "student " in refusal(flags(pair, out, student=a_copy), capsys)
+    train(pair, out, steps=1, resume=True)
+    assert names_in(out) == ["checkpoint-000001"]
 
 def test_a_folder_in_which_nothing_can_be_renamed_is_refused_at_the_start(
         pair, out, monkeypatch, capsys):
