@@ -32,8 +32,8 @@ In a notebook, where you can replace functions (fire_opd.token_weights = mine) b
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
 moments, 2 for a bfloat16 copy) and 2 per teacher parameter. --shard divides this by the number of
-GPUs, except for the copy, which each GPU holds whole. Add the cache of the rollouts or the
-activations of an update, whichever is larger.
+GPUs, except for the copy, which each GPU holds whole (its head and embedding in float32). Add the
+cache of the rollouts or the activations of an update, whichever is larger.
 
 Left out on purpose: a reward and a critic, credit for later tokens (A_t is about y_t alone), a KL
 penalty, several updates per rollout, full-vocabulary divergences, learning-rate schedules.
