@@ -22,18 +22,18 @@ marked line. The rest is plumbing: fast decoding, flags, metrics, prompts, model
     torchrun --nproc-per-node 8 fire_opd.py --teacher T --student S --prompts P.jsonl
     python fire_opd.py --filter-percentile 0 --alpha 0 --beta 0                  # plain OPD
 
-In a notebook, where you can replace functions (fire_opd.token_weights = mine) between steps:
+In a notebook, where you can replace the functions of 3. to 5. (fire_opd.token_weights = mine)
+between steps:
 
     import fire_opd
     config = fire_opd.parse_config(["--steps", "5"])
     fire_opd.start_ranks()
-    run = fire_opd.load_run(config)  # once, as it also makes the tiny pair
+    run = fire_opd.load_run(config)  # once, as it takes the output folder
     rollouts, metrics = fire_opd.train_step(run)
 
 Memory per GPU: 18 bytes per student parameter (4 for weights, 4 for gradients, 8 for AdamW's
-moments, 2 for a bfloat16 copy) and 2 per teacher parameter. --shard divides this by the number of
-GPUs, except for the copy, which each GPU holds whole (its head and embedding in float32). Add the
-cache of the rollouts or the activations of an update, whichever is larger.
+moments, 2 for a bfloat16 copy) and 2 per teacher parameter. --shard divides all but the copy by the
+number of GPUs. Add the cache of the rollouts or the activations of an update, whichever is larger.
 
 Left out on purpose: a reward and a critic, credit for later tokens (A_t is about y_t alone), a KL
 penalty, several updates per rollout, full-vocabulary divergences, learning-rate schedules.
@@ -89,9 +89,9 @@ class Config:
     alpha: float = setting(1.0, "strength of teacher confidence in the weights")
     beta: float = setting(1.0, "strength of student confusion in the weights")
     token_weights: Literal["soft", "hard"] = setting(
-        "soft", "hard: a control that trains on only the heavier half of the tokens")
+        "soft", "hard: a control that trains on only the heavier half of each rollout")
     loss_agg: Literal["token-mean", "seq-mean"] = setting(
-        "token-mean", "mean over all tokens, or per-rollout means averaged over rollouts")
+        "token-mean", "mean over kept tokens, or over the means of kept rollouts")
     temperature: float = setting(1.0, "softmax temperature of both models, in sampling and scoring")
     batch_size: int = setting(64, "prompts per step, over all ranks, with one rollout each")
     max_new_tokens: int = setting(1024, "longest response")
@@ -195,22 +195,22 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the one-sample (k1) estimate of the reverse KL(pi_S || pi_T). A divergence E_S[f(u)],
-    u = pi_T / pi_S, has the gradient E_S[(f(u) - u f'(u)) grad log pi_S], so to train another one
-    return u f'(u) - f(u), with f such that f'(1) = 0. Reverse KL: f(u) = u - 1 - log u gives
-    log u = A_t. Forward KL: f(u) = u log u - u + 1 gives u - 1.
+    -A_t is the one-sample (k1) estimate of the reverse KL(pi_S || pi_T). For another divergence
+    E_S[f(u)], u = pi_T / pi_S, return u f'(u) - f(u), with f such that f'(1) = 0: for the forward
+    KL u - 1, from f(u) = u log u - u + 1. This is right because the gradient of E_S[f(u)] is
+    E_S[(f(u) - u f'(u)) grad log pi_S].
     """
     return teacher_log_probs - student_log_probs
 
 def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
     """-(1/divisor) sum over mask of r_t w_t A_t, with r_t = pi_S / stop_gradient(pi_S) -> scalar
 
-    r_t is 1 and has the gradient of log pi_S. So the gradient, -(1/divisor) sum w A grad log pi_S,
-    is REINFORCE's, and the value, -(1/divisor) sum w A, estimates the weighted reverse KL (of
-    another divergence only the gradient is right). Clipping r_t would change nothing, since each
-    rollout serves one update.
-    All tensors [b, T]. divisor: how many tokens the WHOLE step keeps, because the gradients of
-    micro-batches are summed.
+    r_t is 1 and has the gradient of log pi_S. So the gradient is that of REINFORCE,
+    -(1/divisor) sum w A grad log pi_S, and the value estimates the weighted reverse KL. With the
+    advantages of another divergence the value means nothing. Clipping r_t would change nothing,
+    since each rollout serves one update.
+    All tensors [b, T]. divisor: how many tokens the WHOLE step keeps (with seq-mean: how many
+    rollouts), because the gradients of micro-batches are summed.
     """
     mask = mask.bool()
     log_probs, weights = log_probs[mask], weights[mask]  # [n], the valid tokens
@@ -221,8 +221,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
-    # `.T` on purpose. Autocast keeps the bfloat16 copy of a parameter, so all chunks would add up
-    # their gradients in it. It keeps no copy of a view, so each gradient becomes float32 first.
+    # `.T` makes autocast cast W anew in each chunk, so that each chunk's gradient becomes float32
+    # before it is added. Of a parameter, unlike a view, it keeps one bfloat16 copy for all chunks.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -242,7 +242,7 @@ def token_log_probs_and_entropy(hidden, lm_head_weight, targets, temperature=1.0
     chunk_function: chunk_log_probs, or its compiled version.
     """
     if chunk is None:
-        chunk = max(128, hidden.shape[1])  # logits [D, V], no larger than W's gradient
+        chunk = max(128, hidden.shape[1])  # of D rows: its logits are as large as W's gradient
     if bias is None:
         bias = hidden.new_zeros(len(lm_head_weight))
     log_probs, entropy = [], []
@@ -261,7 +261,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
 
     logits [B, V], uniforms [B] in [0, 1) -> tokens, log_probs, entropy, all [B]. The cumulative sum
     is in float64: in float32, rounding over 152 k tokens would distort the tail. Whoever changes
-    the distribution here (top-p) must change it in `chunk_log_probs`, too, before load_run.
+    the distribution here (top-p) must change it in `chunk_log_probs`, too.
     """
     probs = (upcast(logits) / temperature).softmax(1)
     cdf = probs.cumsum(1, dtype=torch.float64)  # [B, V]
@@ -380,8 +380,9 @@ class Policy(nn.Module):
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
         # Eager, even with --compile: with a cache, each block would be compiled on its own.
         with autocast, torch.compiler.set_stance("force_eager"):
-            # Feed in the prompts and draw the first token of each row. In each pass of the loop
-            # the rows still being written, decoder.rows, get up to `segment` tokens more.
+            # Feed in the prompts and draw the first token of each row. In each pass of the loop,
+            # when `start` tokens are drawn, the unfinished rows get up to `segment` more.
+            # decoder.rows: which of the b rows were unfinished after the last pass.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
@@ -472,7 +473,7 @@ def timed(phase):
     @functools.wraps(phase)
     def timed_phase(run, *args, **kwargs):
         start = time.perf_counter()
-        result = phase(run, *args, **kwargs)  # its results are on the CPU, so the GPU is done
+        result = phase(run, *args, **kwargs)  # results on the CPU: the GPU is done, AdamW aside
         run.seconds[phase.__name__] = time.perf_counter() - start
         return result
     return timed_phase
@@ -607,14 +608,15 @@ def hard_weights(weights, response_mask):
     lengths = response_mask.sum(1, keepdim=True)  # [B, 1]
     half = (lengths + 1) // 2
     order = weights.argsort(dim=1, descending=True, stable=True)  # off the mask, 0, comes last
-    place = order.argsort(dim=1)  # [B, T], of each token in the order; 0 for the heaviest
+    place = order.argsort(dim=1)  # [B, T], the rank of each token: 0 is the heaviest
     return (place < half) * lengths / half.clamp(min=1)
 
 # --- Fast decoding: a cache with free slots, and CUDA graphs -------------------------------------
 
 class CastStaticLayer(StaticLayer):
     """Keys and values [n, heads, L, d] of a layer with free slots, into which `update` writes those
-    of new tokens. Appending, as DynamicLayer does, would copy everything for every token."""
+    of new tokens. Appending, as DynamicLayer does, would copy everything for every token.
+    StaticLayer counts the filled slots in a tensor, so they are counted in a CUDA graph, too."""
 
     def update(self, keys, values, *args, **kwargs):
         keys = keys.to(values.dtype)  # under autocast rotary embeddings make them float32
@@ -624,11 +626,9 @@ def suits_static_cache(model, cache):
     """Whether free slots and CUDA graphs suit a model; others keep transformers' dynamic cache."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    # Other rotary embeddings depend on the longest row. Other layers have a sliding window or
-    # linear attention. Only sdpa is known to take a mask of four dimensions as it is.
-    return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")
-            and all(type(layer) is DynamicLayer for layer in cache.layers)
-            and model.config._attn_implementation == "sdpa"
+    return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")  # of one row alone
+            and all(type(layer) is DynamicLayer for layer in cache.layers)  # attends to all tokens
+            and model.config._attn_implementation == "sdpa"  # takes four-dimensional masks
             and not getattr(config, "alibi", False))
 
 class Decoder:
@@ -673,7 +673,9 @@ class Decoder:
         if not self.static:
             attention = attention[:, :self.slot.item() + 1]  # a dynamic cache has no free slots
         elif len(fed) == 1:
-            attention = attention[:, None, None]  # transformers uses four dimensions as they are
+            # One token attends to all that is filled. Transformers uses a mask of four dimensions
+            # as it is; to that of the prompts, of two, it adds the causal part.
+            attention = attention[:, None, None]
         positions = (fed - self.padding).clamp(min=0)
         output = self.policy.model(
             input_ids=ids, attention_mask=attention, position_ids=positions,
@@ -761,7 +763,7 @@ def parse_config(argv):
         raise UserError("give all teachers after one --teacher")
     folder = Path(path).parent
     if config.resume and path and not config.output_dir and (folder / "metrics.jsonl").exists():
-        config.output_dir = str(folder)  # the file lies in the folder of its run
+        config.output_dir = str(folder)  # --config RUN/config.json --resume: the run is RUN
     check_settings(config)
     return config
 
@@ -796,8 +798,9 @@ def check_settings(config):
 # --- Metrics and evaluation ----------------------------------------------------------------------
 
 def final_answer(text):
-    """The content of the last \\boxed{...}, or else the last number, or else all of the text."""
-    text = text.split("####")[-1]  # GSM8K puts the answer after ####
+    """The content of the last \\boxed{...}, or else the last number, or else all of the text; if
+    there is ####, as in GSM8K, of what comes after it."""
+    text = text.split("####")[-1]
     boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text)  # also \boxed{\frac{1}{2}}
     # -3 or 1,234.5 or 2/3. A minus after a digit, a letter or a bracket is not a sign: 5-3 has 3.
     numbers = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
@@ -1095,6 +1098,7 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
+    Added tokens, often reserved ones, may differ and are left out; other tokens must not differ.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1103,7 +1107,6 @@ def shared_vocabulary(configs, tokenizers):
     shared = set(ours)
     for name, theirs in tokens.items():
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
-        # An added token, often a reserved one, may differ; any other shows another tokenizer.
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
             examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
@@ -1210,9 +1213,9 @@ def load_run(config):
     if not config.tiny:
         claim_folder(config)  # not before: a failed check should leave nothing behind
     saved = broadcast(checkpoints(config.output_dir))
-    path = saved[-1] if saved else config.student
-    student = load_policy("student", path, eos_ids, vocabulary, config)
-    # Before the self-test: under FSDP its sampling replaces the parameters by gathered ones.
+    student_path = saved[-1] if saved else config.student
+    student = load_policy("student", student_path, eos_ids, vocabulary, config)
+    # With the sharded parameters: after the self-test's `sample` the student is gathered.
     trained, optimizer = prepare_training(student, config)
     folder = Path(cached_file(config.student, "config.json")).parent  # also of a hub name
     run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)

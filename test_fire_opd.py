@@ -965,11 +965,15 @@ def test_gradient_checkpointing_changes_no_gradient(pair, tmp_path):
     assert len(calls) == 2  # once in forward and once more in backward
     assert_same_gradient(recomputed, whole)
 
-def test_micro_batches_are_filled_from_the_longest_row_on():
+def test_micro_batches_are_filled_from_the_longest_row_on(monkeypatch):
     lengths = [3, 9, 4, 8, 2, 99]
     # Sorted: 9, 8, 4, 3, 2. Two of 9 are over the budget; two of 8 fit; so do two of 3.
     batches = f.micro_batches(range(5), lengths, 16)
     assert batches == [[1], [3, 2], [0, 4]]
+    monkeypatch.setattr(f, "WORLD_SIZE", 2)  # the example of its docstring
+    assert f.micro_batches(range(5), [9, 5, 4, 2, 1], 10) == [[0], [2, 4]]
+    monkeypatch.setattr(f, "RANK", 1)
+    assert f.micro_batches(range(5), [9, 5, 4, 2, 1], 10) == [[1], [3]]
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("ranks", [2, 3, 8])
@@ -1141,12 +1145,13 @@ def test_the_report_holds_the_log_and_is_safe_whatever_its_rollouts_say(
     screen = capsys.readouterr().out
     assert screen.count(", score -") == 2  # one was kept, one was dropped
     f.log(run, {"reverse_kl": 4.0})
-    f.log(run, {"reverse_kl": 1.0})
+    f.log(run, {"reverse_kl": 1.0, "reverse_kl/<b>": 9.0})
     f.write_report(run, rollouts)
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and "http" not in page
     assert page.count("&lt;script&gt;") == 3 + 8  # three prompts and eight tokens
-    assert 'points="1,0.0 1,3.0"' in page  # the curve of reverse_kl from 4 down to 1
+    assert 'points="1,5.0 1,8.0"' in page  # the curve of reverse_kl from 4 down to 1, under 9
+    assert "reverse_kl/&lt;b&gt; 9" in page and "/<b>" not in page
     lefts = [float(left) for left in re.findall("left: ([0-9.]+)%", page)]
     assert lefts == [99, 0, 66]  # domain a has the scores -1 and -4, domain b has -2
     titles = re.findall('title="([^"]*)"', page)
@@ -1173,7 +1178,8 @@ def test_the_command_line_wins_over_json_and_json_over_defaults(tmp_path):
 
 def test_null_in_json_is_as_if_absent(tmp_path):
     path = tmp_path / "settings.json"
-    path.write_text('{"eval_prompts": null, "steps": null, "teacher": "t", "student": "s", "prompts": "p"}')
+    settings = {"eval_prompts": None, "steps": None, "teacher": "t", "student": "s", "prompts": "p"}
+    path.write_text(json.dumps(settings))
     config = f.parse_config(["--config", str(path)])
     assert (config.eval_prompts, config.steps) == ("", 100)
 
@@ -1492,9 +1498,12 @@ def test_a_checkpoint_is_the_trained_student_with_its_own_files_and_loads_with_t
     os.umask(0o022)
     run = loaded(pair, out, student=student)
     f.train_step(run)
-    run.step = 1
     f.save_checkpoint(run)
-    assert ("lm_head.weight" in weights_of(out)) is not tied
+    before, after = load_file(student / "model.safetensors"), weights_of(out)
+    assert before.keys() == after.keys()
+    assert ("lm_head.weight" in after) is not tied
+    for name, weight in after.items():
+        assert not torch.equal(weight, before[name]), name  # all of it is trained
     folder = f.checkpoints(out)[0]
     ids = torch.tensor([[1, 2, 10, 12]])
     reloaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
