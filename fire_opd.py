@@ -382,7 +382,7 @@ class Policy(nn.Module):
         with autocast, torch.compiler.set_stance("force_eager"):
             # Feed in the prompts and draw the first token of each row. In each pass of the loop,
             # when `start` tokens are drawn, the unfinished rows get up to `segment` more.
-            # decoder.rows: which of the b rows were unfinished after the last pass.
+            # decoder.rows: which of the b rows the last pass wrote.
             decoder = Decoder(self, prompts, uniforms)
             for start in progress(f"{len(prompts)} rollouts", range(1, T, self.segment)):
                 # Rows that ended leave, so that the batch does not wait for its longest row.
