@@ -11,7 +11,8 @@ pi_T: teacher, H: entropy of the next token):
   3. filter_trajectories: s = mean_t log pi_T(y_t); keep s >= the 20 % quantile of the step
   4. token_weights: w_t = (1 + alpha (1 - H_T,t / max H_T)) (1 + beta H_S,t / max H_S), divided by
      its mean; maximum and mean are those of the trajectory
-  5. policy_loss: the policy gradient with advantages w_t A_t, A_t = log pi_T(y_t) - log pi_S(y_t)
+  5. policy_loss: the policy gradient with advantages w_t A_t, where
+     token_advantages: A_t = log pi_T(y_t) - log pi_S(y_t)
   6. update: the gradient summed over micro-batches and ranks, and one step of AdamW
 
 `train_step` puts these together and `train` is the loop around it. The method ends there, at a
@@ -195,10 +196,11 @@ def token_weights(teacher_entropy, student_entropy, response_mask, alpha=1.0, be
 def token_advantages(teacher_log_probs, student_log_probs):
     """A_t = log pi_T(y_t) - log pi_S(y_t), element by element: how much the teacher prefers y_t.
 
-    -A_t is the one-sample (k1) estimate of the reverse KL(pi_S || pi_T). For another divergence
-    E_S[f(u)], u = pi_T / pi_S, return u f'(u) - f(u), with f such that f'(1) = 0: for the forward
-    KL u - 1, from f(u) = u log u - u + 1. This is right because the gradient of E_S[f(u)] is
-    E_S[(f(u) - u f'(u)) grad log pi_S].
+    -A_t is the one-sample (k1) estimate of the reverse KL(pi_S || pi_T). To minimize another
+    divergence E_S[f(u)], u = pi_T / pi_S, return u f'(u) - f(u), with a linear term in f such that
+    f'(1) = 0. Forward KL: f(u) = u log u - u + 1 gives u - 1, in code
+    (teacher_log_probs - student_log_probs).expm1(). It is right because the gradient of E_S[f(u)]
+    is E_S[(f(u) - u f'(u)) grad log pi_S].
     """
     return teacher_log_probs - student_log_probs
 
@@ -221,8 +223,8 @@ def policy_loss(log_probs, teacher_log_probs, weights, mask, divisor):
 def chunk_log_probs(hidden, lm_head_weight, bias, targets, with_entropy):
     """log pi(target) and H of one chunk. [n, D], [V, D], [V], [n] -> [n], [n]. Under autocast the
     logits are bfloat16, an error of a few hundredths of a nat; the softmax is float32."""
-    # `.T` makes autocast cast W anew in each chunk, so that each chunk's gradient becomes float32
-    # before it is added. Of a parameter, unlike a view, it keeps one bfloat16 copy for all chunks.
+    # Keep the `.T`. Autocast keeps the bfloat16 copy of a parameter, in which the gradients of all
+    # chunks would add up. A view it casts anew in each chunk, and the sum is float32.
     logits = torch.addmm(bias, hidden, lm_head_weight.T)  # hidden @ W.T + bias, [n, V]
     log_p = upcast(logits).log_softmax(1)
     log_probs = log_p.gather(1, targets[:, None])[:, 0]
@@ -378,7 +380,8 @@ class Policy(nn.Module):
         T = uniforms.shape[1]
         # One autocast around all of it casts the weights once, not for each token.
         autocast = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
-        # Eager, even with --compile: with a cache, each block would be compiled on its own.
+        # Eager, even with --compile: with a cache, blocks differ in their layer_idx, and each would
+        # be compiled on its own.
         with autocast, torch.compiler.set_stance("force_eager"):
             # Feed in the prompts and draw the first token of each row. In each pass of the loop,
             # when `start` tokens are drawn, the unfinished rows get up to `segment` more.
@@ -626,7 +629,7 @@ def suits_static_cache(model, cache):
     """Whether free slots and CUDA graphs suit a model; others keep transformers' dynamic cache."""
     config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")  # of one row alone
+    return (rope.get("rope_type") in ("default", "linear", "llama3", "yarn")  # ignores other rows
             and all(type(layer) is DynamicLayer for layer in cache.layers)  # attends to all tokens
             and model.config._attn_implementation == "sdpa"  # takes four-dimensional masks
             and not getattr(config, "alibi", False))
@@ -640,7 +643,8 @@ class Decoder:
 
     The prompts end before `width`; `slot` is that of the last token fed in. The newest token, which
     was drawn from it, is not in the cache yet. So with prompts of 2 and 4 tokens width is 4, and at
-    first slot is 3 and the newest token is column 0 of the response.
+    first slot is 3 and the newest token is column 0 of the response; after `next_token` slot is 4
+    and it is column 1.
 
     `next_token` changes tensors only in place, so a CUDA graph can replay it. `keep_rows` makes new
     ones.
@@ -673,8 +677,8 @@ class Decoder:
         if not self.static:
             attention = attention[:, :self.slot.item() + 1]  # a dynamic cache has no free slots
         elif len(fed) == 1:
-            # One token attends to all that is filled. Transformers uses a mask of four dimensions
-            # as it is; to that of the prompts, of two, it adds the causal part.
+            # A mask of four dimensions is used as it is. To that of the prompts, which has two,
+            # transformers adds the causal part.
             attention = attention[:, None, None]
         positions = (fed - self.padding).clamp(min=0)
         output = self.policy.model(
@@ -1098,7 +1102,7 @@ def teacher_paths(config):
 
 def shared_vocabulary(configs, tokenizers):
     """The ids that every model has an embedding of, and that are the same token to all of them.
-    Added tokens, often reserved ones, may differ and are left out; other tokens must not differ.
+    Added tokens that differ, often reserved ones, are left out; others that differ are an error.
     configs, tokenizers {name: ...}, the student's and the teachers' -> set of ids"""
     tokens = {}  # name -> {id: token}
     for name, tokenizer in tokenizers.items():
@@ -1109,9 +1113,9 @@ def shared_vocabulary(configs, tokenizers):
         differ = {i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]}
         wrong = sorted(differ - tokenizers[name].added_tokens_decoder.keys())
         if wrong:
-            examples = [(i, ours[i], theirs[i]) for i in wrong[:2]]
+            some = [(i, ours[i], theirs[i]) for i in wrong[:2]]
             raise UserError(f"{name}: {len(wrong)} of the student's {len(ours)} ids mean other "
-                            f"tokens, e.g. {examples}; the models must share a tokenizer")
+                            f"tokens, e.g. {some}; the models must share a tokenizer")
         rows = configs[name].get_text_config().vocab_size
         shared &= {i for i in theirs.keys() - differ if i < rows}
     print0(f"vocabulary: {len(shared)} of the student's {len(ours)} tokens are sampled and graded")
@@ -1168,9 +1172,9 @@ def blocks(model):
     return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 def apply_fsdp(policy, is_student):
-    """FSDP2. A teacher's block is gathered when it runs. The student is gathered, by all ranks, for
-    the first token of a rollout, and stays whole until a backward pass. To gather it for every
-    token would be far too slow, and some ranks decode more tokens than others."""
+    """FSDP2. A teacher is gathered block by block, when they run. The student is gathered for the
+    first token of `sample`, by all ranks, and sharded again by the backward pass. To gather it for
+    every token would be far too slow, and some ranks decode more tokens than others."""
     precision = MixedPrecisionPolicy()
     if is_student and policy.bf16:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -1215,7 +1219,7 @@ def load_run(config):
     saved = broadcast(checkpoints(config.output_dir))
     student_path = saved[-1] if saved else config.student
     student = load_policy("student", student_path, eos_ids, vocabulary, config)
-    # With the sharded parameters: after the self-test's `sample` the student is gathered.
+    # Before the self-test, whose `sample` gathers the student: AdamW needs sharded parameters.
     trained, optimizer = prepare_training(student, config)
     folder = Path(cached_file(config.student, "config.json")).parent  # also of a hub name
     run = Run(config, tokenizer, prompts, eval_prompts, student, trained, folder, optimizer)
