@@ -123,7 +123,7 @@ class Config:
     task: str = setting("foreign", "the tiny pair's task, one of those in tiny_config.json")
     tiny: dict = field(default_factory=dict, init=False)  # no flag: how the tiny pair is made
 
-# --- The arithmetic of the method: functions of tensors, no models, no globals ------------------
+# --- The arithmetic of the method: functions of tensors, without models --------------------------
 
 def upcast(x):
     """At least float32, as bfloat16 is too coarse for a softmax. float64 is left as it is."""
@@ -274,7 +274,7 @@ def sample_tokens(logits, uniforms, temperature=1.0):
     entropy = torch.special.entr(probs).sum(1)
     return tokens[:, 0], log_probs, entropy
 
-# What random numbers are for, as part of their key. Changing these changes every run.
+# What random numbers are for, as part of their key; 4 is free. Changing these changes every run.
 SAMPLE, EVALUATE, ORDER, FILTER, PRETRAIN = 0, 1, 2, 3, 5
 
 def stateless_uniforms(key, rows, width):
@@ -1297,7 +1297,8 @@ def write_settings(config, path):
         before = json.loads(path.read_text())
         if "filter_percentile" not in before:  # a model's, which must not be overwritten
             raise UserError(f"{path} is not the config of a run")
-        if checkpoints(path.parent) and before["student"] != settings["student"]:  # tiny: ""
+        # Without a checkpoint nothing is lost. The student of the tiny pair is "" here.
+        if checkpoints(path.parent) and before["student"] != settings["student"]:
             raise UserError(f"{path} is of a run with --student {before['student']!r}: give that, "
                             "or another --output-dir")
         for name, value in settings.items():
